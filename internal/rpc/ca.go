@@ -186,4 +186,6 @@ func sign(tmpl, parent *x509.Certificate, pub crypto.PublicKey, key *ecdsa.Priva
 	return x509.ParseCertificate(der)
 }
 
-func certPEM(der []byte) []byte { return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}) }
+func certPEM(der []byte) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+}
