@@ -20,8 +20,12 @@ build-cli: ## Build the wrenn CLI
 	go build -trimpath -ldflags '$(LDFLAGS)' -o builds/wrenn ./cmd/wrenn
 
 .PHONY: generate
-generate: generate-proto ## Regenerate all generated code
-.PHONY: generate-proto
+generate: generate-proto generate-api generate-sql ## Regenerate all generated code
+.PHONY: generate-proto generate-api generate-sql
 generate-proto:
 	$(GO_TOOL) buf lint
 	$(GO_TOOL) buf generate
+generate-api:
+	$(GO_TOOL) oapi-codegen -config api/oapi-codegen.yaml api/openapi.yaml
+generate-sql:
+	cd internal/controlplane/store && go tool -modfile=$(CURDIR)/tools/go.mod sqlc generate
