@@ -1,0 +1,47 @@
+package agent
+
+import (
+	"sync"
+	"time"
+)
+
+// activity knows when a sandbox was last used. What is open now (streams, transfers, proxied requests)
+// keeps it awake; the agent's own polling never passes through here.
+type activity struct {
+	mu   sync.Mutex
+	open int
+	last time.Time
+}
+
+// begin notes that something was opened; the returned function notes its end.
+func (a *activity) begin() (end func()) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.open++
+	a.last = time.Now()
+	return sync.OnceFunc(func() {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.open--
+		a.last = time.Now()
+	})
+}
+
+// touch notes a use that has no length.
+func (a *activity) touch(at time.Time) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if at.After(a.last) {
+		a.last = at
+	}
+}
+
+// state tells whether something is open and when the last use was: now, if something is open.
+func (a *activity) state() (open bool, last time.Time) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.open > 0 {
+		return true, time.Now()
+	}
+	return false, a.last
+}

@@ -1,0 +1,189 @@
+// Package guest is the agent's client of envd's internal routes: waiting for a guest to answer, and
+// giving a fresh or restored guest its identity. It holds no state and starts nothing.
+package guest
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
+)
+
+// Port is where envd listens in every guest.
+const Port = 49983
+
+// TokenHeader carries the access token to envd.
+const TokenHeader = "X-Access-Token"
+
+// Dial opens a connection to an address as the guest's host side sees it.
+type Dial func(ctx context.Context, network, addr string) (net.Conn, error)
+
+// Client talks to one guest. Transport may be shared with a proxy.
+type Client struct {
+	Transport *http.Transport
+	base      string
+}
+
+// New makes a client of the guest at ip that dials with dial.
+func New(ip string, dial Dial) *Client {
+	return &Client{
+		base: "http://" + net.JoinHostPort(ip, strconv.Itoa(Port)),
+		Transport: &http.Transport{
+			DialContext:           dial,
+			MaxIdleConnsPerHost:   32,
+			IdleConnTimeout:       90 * time.Second,
+			DisableCompression:    true,
+			ResponseHeaderTimeout: 0, // a command may think as long as it likes
+		},
+	}
+}
+
+// Host is the authority of the guest's URLs.
+func (c *Client) Host() string { return c.base[len("http://"):] }
+
+// Close drops idle connections.
+func (c *Client) Close() { c.Transport.CloseIdleConnections() }
+
+// Identity is what makes a guest itself. See envd's /init.
+type Identity struct {
+	Token       string
+	Hostname    string
+	MachineID   string
+	Env         map[string]string
+	DefaultUser string
+	Nameservers []string
+}
+
+type initBody struct {
+	AccessToken string            `json:"accessToken,omitempty"`
+	Timestamp   time.Time         `json:"timestamp"`
+	Hostname    string            `json:"hostname,omitempty"`
+	MachineID   string            `json:"machineId,omitempty"`
+	Entropy     string            `json:"entropy,omitempty"`
+	EnvVars     map[string]string `json:"envVars,omitempty"`
+	DefaultUser string            `json:"defaultUser,omitempty"`
+	Nameservers []string          `json:"nameservers,omitempty"`
+}
+
+// Init gives the guest its identity, 64 bytes of fresh entropy and the host's clock. currentToken is
+// the token that the guest knows now, empty for one that never had any.
+func (c *Client) Init(ctx context.Context, currentToken string, id Identity) error {
+	entropy := make([]byte, 64)
+	_, _ = rand.Read(entropy) // never fails
+	body, err := json.Marshal(initBody{
+		AccessToken: id.Token, Timestamp: time.Now().UTC(), Hostname: id.Hostname, MachineID: id.MachineID,
+		Entropy: base64.StdEncoding.EncodeToString(entropy), EnvVars: id.Env, DefaultUser: id.DefaultUser,
+		Nameservers: id.Nameservers,
+	})
+	if err != nil {
+		return err
+	}
+	return c.post(ctx, "/init", currentToken, body)
+}
+
+// Shutdown asks the guest to sync and power off; the VM then ends by itself.
+func (c *Client) Shutdown(ctx context.Context, token string) error {
+	return c.post(ctx, "/shutdown", token, nil)
+}
+
+// Freeze stops user processes until the next Init or Thaw.
+func (c *Client) Freeze(ctx context.Context, token string) error {
+	return c.post(ctx, "/freeze", token, nil)
+}
+
+// Thaw undoes Freeze.
+func (c *Client) Thaw(ctx context.Context, token string) error {
+	return c.post(ctx, "/unfreeze", token, nil)
+}
+
+// FreezeFS flushes and freezes the guest's root file system (FIFREEZE).
+func (c *Client) FreezeFS(ctx context.Context, token string) error {
+	return c.post(ctx, "/fsfreeze", token, nil)
+}
+
+// ThawFS undoes FreezeFS (FITHAW).
+func (c *Client) ThawFS(ctx context.Context, token string) error {
+	return c.post(ctx, "/fsthaw", token, nil)
+}
+
+// WaitReady returns when envd answers /health. It tries again at short intervals until ctx ends;
+// gone, if closed, says that the VM ended and waiting is useless.
+func (c *Client) WaitReady(ctx context.Context, gone <-chan struct{}) error {
+	tick := time.NewTimer(0)
+	defer tick.Stop()
+	var last error
+	for {
+		select {
+		case <-ctx.Done():
+			return wrenn.Wrap(errors.Join(ctx.Err(), last), wrenn.KindAgentError, "the sandbox did not become ready in time")
+		case <-gone:
+			return wrenn.Wrap(last, wrenn.KindAgentError, "the sandbox's virtual machine ended before it was ready")
+		case <-tick.C:
+		}
+		if last = c.health(ctx); last == nil {
+			return nil
+		}
+		tick.Reset(5 * time.Millisecond)
+	}
+}
+
+func (c *Client) health(ctx context.Context) error {
+	// A guest that is still booting drops packets; a short limit makes the next attempt come soon.
+	ctx, cancel := context.WithTimeout(ctx, 250*time.Millisecond)
+	defer cancel()
+	return c.do(ctx, http.MethodGet, "/health", "", nil)
+}
+
+func (c *Client) post(ctx context.Context, path, token string, body []byte) error {
+	return c.do(ctx, http.MethodPost, path, token, body)
+}
+
+func (c *Client) do(ctx context.Context, method, path, token string, body []byte) error {
+	req, err := http.NewRequestWithContext(ctx, method, c.base+path, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	if token != "" {
+		req.Header.Set(TokenHeader, token)
+	}
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	res, err := c.Transport.RoundTrip(req)
+	if err != nil {
+		return wrenn.Wrap(err, wrenn.KindAgentError, "the sandbox's guest agent does not answer")
+	}
+	defer res.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(res.Body, 4<<10))
+	if err != nil {
+		return wrenn.Wrap(err, wrenn.KindAgentError, "the sandbox's guest agent broke off its answer")
+	}
+	if res.StatusCode >= 300 {
+		return wrenn.Wrap(fmt.Errorf("%s %s: %s: %s", method, path, res.Status, text), wrenn.KindAgentError,
+			"the sandbox's guest agent refused a request of its host")
+	}
+	return nil
+}
+
+// NewToken makes an access token: 64 hex, 256 random bits.
+func NewToken() string { return randomHex(32) }
+
+// NewMachineID makes a machine-id (machine-id(5)): 32 hex.
+func NewMachineID() string { return randomHex(16) }
+
+func randomHex(n int) string {
+	b := make([]byte, n)
+	_, _ = rand.Read(b) // never fails
+	return hex.EncodeToString(b)
+}

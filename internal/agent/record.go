@@ -1,0 +1,117 @@
+package agent
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
+)
+
+const recordVersion = 1
+
+// record is all that is known of a sandbox, as it stands on disk in its directory. It is written before
+// a side effect starts (with operation set) and after it ended (without), so a later agent can tell
+// what was half done. Fields are only ever added.
+type record struct {
+	Version  int                `json:"version"`
+	ID       string             `json:"id"`
+	State    wrenn.SandboxState `json:"state"`
+	Revision uint64             `json:"revision"`
+	// OperationID made the last state change; a repeat of it is answered, not done again.
+	OperationID string `json:"operation_id"`
+	Reason      string `json:"reason,omitempty"`
+
+	Template       string            `json:"template"`
+	TemplateDigest string            `json:"template_digest"`
+	VCPUs          int               `json:"vcpus"`
+	MemoryMB       int               `json:"memory_mb"`
+	DiskMB         int               `json:"disk_mb"`
+	Env            map[string]string `json:"env,omitempty"`
+	User           string            `json:"user"`
+	Hostname       string            `json:"hostname"`
+	AccessToken    string            `json:"access_token"`
+
+	CreatedAt    time.Time `json:"created_at"`
+	StartedAt    time.Time `json:"started_at,omitzero"`
+	LastActiveAt time.Time `json:"last_active_at,omitzero"`
+	Cold         bool      `json:"cold"`
+
+	Slot      int        `json:"slot"` // network slot, -1 if none
+	VM        *vm.Handle `json:"vm,omitempty"`
+	HasMemory bool       `json:"has_memory,omitempty"`
+}
+
+// Names in a sandbox's directory.
+const (
+	recordFile = "record.json"
+	diskFile   = "disk.ext4"
+	memoryFile = "memory"
+	vmDir      = "vm"
+	consoleLog = "console.log"
+)
+
+// save replaces the record in dir, atomically and durably.
+func (r *record) save(dir string) error {
+	raw, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return err
+	}
+	return writeDurably(filepath.Join(dir, recordFile), append(raw, '\n'), 0o600)
+}
+
+func loadRecord(dir string) (*record, error) {
+	raw, err := os.ReadFile(filepath.Join(dir, recordFile))
+	if err != nil {
+		return nil, err
+	}
+	r := &record{Slot: -1}
+	if err := json.Unmarshal(raw, r); err != nil {
+		return nil, fmt.Errorf("record of %s: %w", filepath.Base(dir), err)
+	}
+	if r.Version != recordVersion {
+		return nil, fmt.Errorf("record of %s has version %d, this agent knows %d", filepath.Base(dir), r.Version, recordVersion)
+	}
+	if r.ID != filepath.Base(dir) || !r.State.Valid() {
+		return nil, fmt.Errorf("record of %s is damaged", filepath.Base(dir))
+	}
+	return r, nil
+}
+
+// writeDurably replaces a file so that after a power cut either the old or the new content is there.
+func writeDurably(path string, content []byte, mode fs.FileMode) (err error) {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.Remove(f.Name()))
+		}
+	}()
+	if err := errors.Join(f.Chmod(mode), writeSyncClose(f, content)); err != nil {
+		return err
+	}
+	if err := os.Rename(f.Name(), path); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func writeSyncClose(f *os.File, content []byte) error {
+	_, err := f.Write(content)
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

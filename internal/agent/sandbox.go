@@ -1,0 +1,174 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/wrenn-sandbox/wrenn/internal/agent/guest"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/network"
+	"github.com/wrenn-sandbox/wrenn/internal/gen/agentv1"
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
+)
+
+// sandbox is one sandbox of this host, in memory. The record is the truth; the rest is what belongs to
+// the VM that runs now.
+type sandbox struct {
+	dir      string
+	activity activity
+
+	mu     sync.Mutex // guards what follows; never held during a side effect
+	rec    record
+	op     *operation // in progress, or nil
+	slot   *network.Slot
+	guest  *guest.Client
+	gone   chan struct{} // closed when the VM that runs now has ended
+	forget bool          // deleted: whoever still holds a pointer must not act
+}
+
+// operation is one change of a sandbox; there is at most one at a time.
+type operation struct {
+	id   string
+	done chan struct{}
+	err  error
+}
+
+// operationTimeout bounds any one operation, whether or not its caller still waits.
+const operationTimeout = 3 * time.Minute
+
+// do runs fn as the sandbox's only operation. If the operation with this id is in progress, its result
+// is awaited instead; another one is waited for first. The operation goes on when the caller's context
+// ends: a caller that went away cancels nothing half-way.
+func (sb *sandbox) do(ctx context.Context, opID string, fn func(ctx context.Context) error) error {
+	for {
+		sb.mu.Lock()
+		current := sb.op
+		if current == nil {
+			op := &operation{id: opID, done: make(chan struct{})}
+			sb.op = op
+			sb.mu.Unlock()
+			go sb.perform(context.WithoutCancel(ctx), op, fn)
+			return op.wait(ctx)
+		}
+		sb.mu.Unlock()
+		err := current.wait(ctx)
+		if current.id == opID || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+func (sb *sandbox) perform(ctx context.Context, op *operation, fn func(ctx context.Context) error) {
+	ctx, cancel := context.WithTimeout(ctx, operationTimeout)
+	defer cancel()
+	err := fn(ctx)
+	sb.mu.Lock()
+	sb.op = nil
+	sb.mu.Unlock()
+	op.err = err
+	close(op.done)
+}
+
+func (op *operation) wait(ctx context.Context) error {
+	select {
+	case <-op.done:
+		return op.err
+	case <-ctx.Done():
+		return wrenn.Wrap(ctx.Err(), wrenn.KindHostUnavailable, "the caller gave up waiting; the operation goes on")
+	}
+}
+
+// update changes the record and makes it durable before anyone can see it.
+func (sb *sandbox) update(change func(*record)) error {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	next := sb.rec
+	change(&next)
+	if _, last := sb.activity.state(); last.After(next.LastActiveAt) {
+		next.LastActiveAt = last
+	}
+	if err := next.save(sb.dir); err != nil {
+		return fmt.Errorf("save the record of %s: %w", sb.rec.ID, err)
+	}
+	sb.rec = next
+	return nil
+}
+
+// snapshot is a copy of the record.
+func (sb *sandbox) snapshot() record {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	return sb.rec
+}
+
+func (sb *sandbox) path(name string) string { return filepath.Join(sb.dir, name) }
+
+// running gives the guest's client and token, or says why there is none.
+func (sb *sandbox) running() (*guest.Client, string, error) {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	if sb.rec.State != wrenn.SandboxRunning || sb.guest == nil {
+		return nil, "", wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is %s, not running", sb.rec.State).
+			With("state", string(sb.rec.State))
+	}
+	return sb.guest, sb.rec.AccessToken, nil
+}
+
+// hasEnded tells whether the VM that runs now has ended.
+func (sb *sandbox) hasEnded() bool {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	select {
+	case <-sb.gone:
+		return true
+	default:
+		return false
+	}
+}
+
+var protoState = map[wrenn.SandboxState]agentv1.SandboxState{
+	wrenn.SandboxCreating: agentv1.SandboxState_SANDBOX_STATE_CREATING,
+	wrenn.SandboxRunning:  agentv1.SandboxState_SANDBOX_STATE_RUNNING,
+	wrenn.SandboxPausing:  agentv1.SandboxState_SANDBOX_STATE_PAUSING,
+	wrenn.SandboxPaused:   agentv1.SandboxState_SANDBOX_STATE_PAUSED,
+	wrenn.SandboxResuming: agentv1.SandboxState_SANDBOX_STATE_RESUMING,
+	wrenn.SandboxDeleting: agentv1.SandboxState_SANDBOX_STATE_DELETING,
+}
+
+// report is the sandbox as the control plane sees it.
+func (sb *sandbox) report() *agentv1.Sandbox {
+	open, last := sb.activity.state()
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	r := &sb.rec
+	if r.LastActiveAt.After(last) {
+		last = r.LastActiveAt
+	}
+	return &agentv1.Sandbox{
+		Id: r.ID, State: protoState[r.State], Revision: r.Revision, OperationId: r.OperationID, Reason: r.Reason,
+		Template: r.Template, Vcpus: uint32(r.VCPUs), MemoryMb: uint64(r.MemoryMB), DiskMb: uint64(r.DiskMB),
+		CreatedAt: timestamp(r.CreatedAt), StartedAt: timestamp(r.StartedAt), LastActiveAt: timestamp(last),
+		Active: open, HasMemory: r.HasMemory, AccessToken: r.AccessToken, Cold: r.Cold,
+	}
+}
+
+func timestamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
+}
+
+// diskFull turns ENOSPC anywhere in err's chain into the kind that users are told.
+func diskFull(err error) error {
+	var public *wrenn.Error
+	if err == nil || errors.As(err, &public) || !isNoSpace(err) {
+		return err
+	}
+	return wrenn.Wrap(err, wrenn.KindDiskFull, "the host's disk is full; delete sandboxes or use another host")
+}
