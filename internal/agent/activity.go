@@ -27,15 +27,6 @@ func (a *activity) begin() (end func()) {
 	})
 }
 
-// touch notes a use that has no length.
-func (a *activity) touch(at time.Time) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if at.After(a.last) {
-		a.last = at
-	}
-}
-
 // state tells whether something is open and when the last use was: now, if something is open.
 func (a *activity) state() (open bool, last time.Time) {
 	a.mu.Lock()

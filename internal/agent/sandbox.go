@@ -19,6 +19,7 @@ import (
 // sandbox is one sandbox of this host, in memory. The record is the truth; the rest is what belongs to
 // the VM that runs now.
 type sandbox struct {
+	id       string
 	dir      string
 	activity activity
 
@@ -93,7 +94,7 @@ func (sb *sandbox) update(change func(*record)) error {
 		next.LastActiveAt = last
 	}
 	if err := next.save(sb.dir); err != nil {
-		return fmt.Errorf("save the record of %s: %w", sb.rec.ID, err)
+		return fmt.Errorf("save the record of %s: %w", sb.id, err)
 	}
 	sb.rec = next
 	return nil
@@ -119,16 +120,11 @@ func (sb *sandbox) running() (*guest.Client, string, error) {
 	return sb.guest, sb.rec.AccessToken, nil
 }
 
-// hasEnded tells whether the VM that runs now has ended.
-func (sb *sandbox) hasEnded() bool {
+// forgotten tells whether the sandbox was removed from memory; nobody may act on it any more.
+func (sb *sandbox) forgotten() bool {
 	sb.mu.Lock()
 	defer sb.mu.Unlock()
-	select {
-	case <-sb.gone:
-		return true
-	default:
-		return false
-	}
+	return sb.forget
 }
 
 var protoState = map[wrenn.SandboxState]agentv1.SandboxState{

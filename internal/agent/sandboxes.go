@@ -107,15 +107,38 @@ func (s *Sandboxes) Create(ctx context.Context, req *agentv1.CreateSandboxReques
 	if err := validateCreate(req); err != nil {
 		return nil, err
 	}
+	for {
+		sb := s.getOrAdd(req)
+		err := s.createOnce(ctx, sb, req)
+		if errors.Is(err, errForgotten) {
+			continue // it was deleted, or its create failed, while this call waited
+		}
+		if err != nil {
+			return nil, err
+		}
+		return sb.report(), nil
+	}
+}
+
+// errForgotten says that a sandbox was removed from memory while an operation waited for its turn.
+var errForgotten = errors.New("the sandbox was removed meanwhile")
+
+func (s *Sandboxes) getOrAdd(req *agentv1.CreateSandboxRequest) *sandbox {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	sb := s.byID[req.Id]
 	if sb == nil {
-		sb = &sandbox{dir: filepath.Join(s.dir, sandboxesDir, req.Id)}
-		sb.rec = newRecord(req)
+		sb = &sandbox{id: req.Id, dir: filepath.Join(s.dir, sandboxesDir, req.Id), rec: newRecord(req)}
 		s.byID[req.Id] = sb
 	}
-	s.mu.Unlock()
-	err := sb.do(ctx, req.OperationId, func(ctx context.Context) error {
+	return sb
+}
+
+func (s *Sandboxes) createOnce(ctx context.Context, sb *sandbox, req *agentv1.CreateSandboxRequest) error {
+	return sb.do(ctx, req.OperationId, func(ctx context.Context) error {
+		if sb.forgotten() {
+			return errForgotten
+		}
 		rec := sb.snapshot()
 		switch {
 		case rec.OperationID != req.OperationId || (rec.State != wrenn.SandboxCreating && rec.State != wrenn.SandboxRunning):
@@ -129,10 +152,6 @@ func (s *Sandboxes) Create(ctx context.Context, req *agentv1.CreateSandboxReques
 		}
 		return err
 	})
-	if err != nil {
-		return nil, err
-	}
-	return sb.report(), nil
 }
 
 func newRecord(req *agentv1.CreateSandboxRequest) record {
@@ -240,7 +259,7 @@ func (s *Sandboxes) identify(ctx context.Context, sb *sandbox, client *guest.Cli
 	id := guest.Identity{
 		Token: rec.AccessToken, Hostname: rec.Hostname, MachineID: guest.NewMachineID(), Env: rec.Env, DefaultUser: rec.User,
 	}
-	if s.egress != egressNone {
+	if s.egress != network.EgressNone {
 		id.Nameservers = []string{network.GatewayIP}
 	}
 	return client.Init(ctx, "", id)
@@ -257,7 +276,7 @@ func (s *Sandboxes) vmConfig(sb *sandbox, slot *network.Slot) (vm.Config, error)
 	}
 	cmdline := fmt.Sprintf("root=/dev/vda rootfstype=ext4 rw init=/usr/local/bin/envd quiet panic=-1 wrenn.addr=%s/%d wrenn.gw=%s",
 		network.GuestIP, network.GuestPrefix, network.GatewayIP)
-	if s.egress != egressNone {
+	if s.egress != network.EgressNone {
 		cmdline += " wrenn.dns=" + network.GatewayIP
 	}
 	return vm.Config{
@@ -277,7 +296,7 @@ func (s *Sandboxes) attach(sb *sandbox, slot *network.Slot, handle vm.Handle) {
 	sb.mu.Unlock()
 	go func() {
 		if err := s.driver.Wait(context.Background(), handle); err != nil {
-			s.log.Error("cannot watch a VM", "sandbox", sb.rec.ID, "err", err)
+			s.log.Error("cannot watch a VM", "sandbox", sb.id, "err", err)
 			return
 		}
 		close(gone)
@@ -314,7 +333,7 @@ func (s *Sandboxes) ended(sb *sandbox, gone chan struct{}) {
 		return s.lost(sb)
 	})
 	if err != nil {
-		s.log.Error("cannot settle a VM that ended", "sandbox", sb.dir, "err", err)
+		s.log.Error("cannot settle a VM that ended", "sandbox", sb.id, "err", err)
 		return
 	}
 	select {
@@ -325,7 +344,7 @@ func (s *Sandboxes) ended(sb *sandbox, gone chan struct{}) {
 
 // lost records that a running sandbox has no VM any more.
 func (s *Sandboxes) lost(sb *sandbox) error {
-	s.log.Warn("the virtual machine of a sandbox ended by itself", "sandbox", sb.rec.ID)
+	s.log.Warn("the virtual machine of a sandbox ended by itself", "sandbox", sb.id)
 	return s.transition(sb, func(r *record) {
 		r.State, r.VM, r.Slot, r.HasMemory = wrenn.SandboxPaused, nil, -1, false
 		r.Reason = "its virtual machine ended by itself (powered off, or its host restarted); the disk is kept"
@@ -339,10 +358,7 @@ func (s *Sandboxes) Delete(ctx context.Context, id, opID string) error {
 		return nil
 	}
 	return sb.do(ctx, opID, func(ctx context.Context) error {
-		sb.mu.Lock()
-		forgotten := sb.forget
-		sb.mu.Unlock()
-		if forgotten {
+		if sb.forgotten() {
 			return nil
 		}
 		return s.delete(ctx, sb, opID)
@@ -390,8 +406,8 @@ func (s *Sandboxes) drop(sb *sandbox) {
 	sb.mu.Lock()
 	defer sb.mu.Unlock()
 	sb.forget = true
-	if s.byID[sb.rec.ID] == sb {
-		delete(s.byID, sb.rec.ID)
+	if s.byID[sb.id] == sb {
+		delete(s.byID, sb.id)
 		s.revision++
 	}
 }
@@ -430,4 +446,6 @@ func validateCreate(req *agentv1.CreateSandboxRequest) error {
 	return nil
 }
 
-func isNoSpace(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
+func isNoSpace(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+}

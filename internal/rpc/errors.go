@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"net/http"
 
 	"connectrpc.com/connect"
 
@@ -14,7 +15,7 @@ import (
 
 // Metadata keys that carry what a Connect code cannot: the kind, and the details as JSON.
 const (
-	kindHeader    = "Wrenn-Error-Kind"
+	KindHeader    = "Wrenn-Error-Kind"
 	detailsHeader = "Wrenn-Error-Details"
 )
 
@@ -47,7 +48,7 @@ func ToConnect(err error) error {
 		code = connect.CodeInternal
 	}
 	ce := connect.NewError(code, errors.New(pub.Message))
-	ce.Meta().Set(kindHeader, string(pub.Kind))
+	ce.Meta().Set(KindHeader, string(pub.Kind))
 	if len(pub.Details) > 0 {
 		if raw, err := json.Marshal(pub.Details); err == nil {
 			ce.Meta().Set(detailsHeader, string(raw))
@@ -67,7 +68,7 @@ func FromConnect(err error) error {
 	if !errors.As(err, &ce) {
 		return wrenn.Wrap(err, wrenn.KindHostUnavailable, "the sandbox's host cannot be reached; try again")
 	}
-	if kind := ce.Meta().Get(kindHeader); kind != "" {
+	if kind := ce.Meta().Get(KindHeader); kind != "" {
 		e := wrenn.Wrap(err, wrenn.Kind(kind), "%s", ce.Message())
 		var details map[string]any
 		if json.Unmarshal([]byte(ce.Meta().Get(detailsHeader)), &details) == nil {
@@ -91,4 +92,31 @@ func ServerErrors() connect.Interceptor {
 			return res, ToConnect(err)
 		}
 	})
+}
+
+var statuses = map[wrenn.Kind]int{
+	wrenn.KindInvalidRequest:  http.StatusBadRequest,
+	wrenn.KindUnauthorized:    http.StatusUnauthorized,
+	wrenn.KindForbidden:       http.StatusForbidden,
+	wrenn.KindNotFound:        http.StatusNotFound,
+	wrenn.KindInvalidState:    http.StatusConflict,
+	wrenn.KindConflict:        http.StatusConflict,
+	wrenn.KindAlreadyExists:   http.StatusConflict,
+	wrenn.KindInUse:           http.StatusConflict,
+	wrenn.KindTooLarge:        http.StatusRequestEntityTooLarge,
+	wrenn.KindRateLimited:     http.StatusTooManyRequests,
+	wrenn.KindPoolExhausted:   http.StatusTooManyRequests,
+	wrenn.KindNoCapacity:      http.StatusServiceUnavailable,
+	wrenn.KindHostUnavailable: http.StatusServiceUnavailable,
+	wrenn.KindAgentError:      http.StatusBadGateway,
+	wrenn.KindDiskFull:        http.StatusInsufficientStorage,
+	wrenn.KindNotImplemented:  http.StatusNotImplemented,
+}
+
+// HTTPStatus is the status of a kind of error on every HTTP surface.
+func HTTPStatus(kind wrenn.Kind) int {
+	if s, ok := statuses[kind]; ok {
+		return s
+	}
+	return http.StatusInternalServerError
 }

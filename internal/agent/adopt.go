@@ -1,0 +1,167 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
+)
+
+// adopt takes over what an earlier agent left: VMs that still run are watched again, half-done creates
+// are undone, half-done deletes finished, and what belongs to no record (network slots, VMMs, trash)
+// is removed. A record that cannot be read is left alone and logged: unknown is not garbage.
+func (s *Sandboxes) adopt(ctx context.Context, cfg Config) error {
+	for _, dir := range []string{sandboxesDir, trashDir} {
+		if err := os.MkdirAll(filepath.Join(s.dir, dir), 0o711); err != nil {
+			return err
+		}
+	}
+	s.revision = uint64(time.Now().UnixMicro())
+	entries, err := os.ReadDir(filepath.Join(s.dir, sandboxesDir))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if err := s.adoptOne(ctx, filepath.Join(s.dir, sandboxesDir, e.Name())); err != nil {
+			s.log.Error("a sandbox could not be taken over and is left as it is", "sandbox", e.Name(), "err", err)
+		}
+	}
+	if err := s.sweepVMMs(cfg); err != nil {
+		return fmt.Errorf("remove left-over VMMs: %w", err)
+	}
+	if err := s.net.Sweep(ctx); err != nil {
+		return fmt.Errorf("remove left-over network namespaces: %w", err)
+	}
+	return s.emptyTrash()
+}
+
+func (s *Sandboxes) sweepVMMs(cfg Config) error {
+	keep := map[int]bool{}
+	for _, sb := range s.byID {
+		if sb.rec.Slot >= 0 {
+			keep[cfg.BaseUID+sb.rec.Slot] = true // also those that could not be taken over
+		}
+	}
+	killed, err := killOrphans(cfg, keep)
+	if killed > 0 {
+		s.log.Warn("ended virtual machines that no record names", "count", killed)
+	}
+	return err
+}
+
+func (s *Sandboxes) adoptOne(ctx context.Context, dir string) error {
+	rec, err := loadRecord(dir)
+	if errors.Is(err, os.ErrNotExist) && wrenn.ValidID(wrenn.PrefixSandbox, filepath.Base(dir)) {
+		return s.discard(dir) // the agent died between making the directory and its first record
+	}
+	if err != nil {
+		return err
+	}
+	sb := &sandbox{id: rec.ID, dir: dir, rec: *rec}
+	s.byID[rec.ID] = sb
+	switch rec.State {
+	case wrenn.SandboxCreating, wrenn.SandboxDeleting:
+		return s.finishRemoval(ctx, sb)
+	case wrenn.SandboxRunning:
+		return s.adoptRunning(ctx, sb)
+	}
+	return nil
+}
+
+func (s *Sandboxes) finishRemoval(ctx context.Context, sb *sandbox) error {
+	if err := s.teardown(ctx, sb); err != nil {
+		return err
+	}
+	if err := s.discard(sb.dir); err != nil {
+		return err
+	}
+	s.drop(sb)
+	s.log.Info("removed a sandbox whose create or delete was cut off", "sandbox", sb.id)
+	return nil
+}
+
+func (s *Sandboxes) adoptRunning(ctx context.Context, sb *sandbox) error {
+	handle := *sb.rec.VM
+	state, err := s.driver.Inspect(ctx, handle)
+	if err != nil {
+		return err
+	}
+	if state == vm.StateGone {
+		if err := s.driver.Destroy(ctx, handle); err != nil { // removes the rest: cgroup, socket
+			return err
+		}
+		return s.lost(sb)
+	}
+	slot, err := s.net.Adopt(sb.rec.Slot)
+	if err != nil {
+		return err
+	}
+	if state == vm.StateFrozen {
+		if err := s.driver.Resume(ctx, handle); err != nil {
+			return err
+		}
+	}
+	s.attach(sb, slot, handle)
+	s.log.Info("took over a running sandbox", "sandbox", sb.id, "pid", handle.PID)
+	return nil
+}
+
+func (s *Sandboxes) emptyTrash() error {
+	dir := filepath.Join(s.dir, trashDir)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// StopVMs ends the VMs of all running sandboxes after their guests synced their disks, as for a shutdown
+// of the host. The sandboxes stay, with their disks.
+func (s *Sandboxes) StopVMs(ctx context.Context) error {
+	list, _ := s.List()
+	var errs []error
+	for _, r := range list {
+		if sb, err := s.get(r.Id); err == nil {
+			errs = append(errs, s.stop(ctx, sb))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (s *Sandboxes) stop(ctx context.Context, sb *sandbox) error {
+	return sb.do(ctx, wrenn.NewID(wrenn.PrefixOperation), func(ctx context.Context) error {
+		client, token, err := sb.running()
+		if err != nil {
+			return nil // nothing runs
+		}
+		sb.mu.Lock()
+		gone := sb.gone
+		sb.mu.Unlock()
+		if err := client.Shutdown(ctx, token); err == nil {
+			select {
+			case <-gone:
+			case <-time.After(guestStopTimeout):
+			}
+		}
+		if err := s.teardown(ctx, sb); err != nil {
+			return err
+		}
+		return s.transition(sb, func(r *record) {
+			r.State, r.VM, r.Slot, r.HasMemory = wrenn.SandboxPaused, nil, -1, false
+			r.Reason = "its host was shut down; the disk is kept"
+		})
+	})
+}
+
+// guestStopTimeout bounds how long a guest may take to power off.
+const guestStopTimeout = 10 * time.Second
