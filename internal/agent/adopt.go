@@ -140,9 +140,12 @@ func (s *Sandboxes) StopVMs(ctx context.Context) error {
 
 func (s *Sandboxes) stop(ctx context.Context, sb *sandbox) error {
 	return sb.do(ctx, wrenn.NewID(wrenn.PrefixOperation), func(ctx context.Context) error {
+		if sb.snapshot().State != wrenn.SandboxRunning {
+			return nil
+		}
 		client, token, err := sb.running()
 		if err != nil {
-			return nil // nothing runs
+			return err
 		}
 		sb.mu.Lock()
 		gone := sb.gone

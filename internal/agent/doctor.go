@@ -17,6 +17,7 @@ import (
 	"github.com/wrenn-sandbox/wrenn/internal/agent/network"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/qemu"
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
 // finding is one row of `wrenn-agent doctor`.
@@ -85,7 +86,7 @@ func rights() finding {
 func hypervisor(ctx context.Context, cfg Config) []finding {
 	verdict, err := qemu.Probe(ctx, probeOptions(cfg, slog.New(slog.DiscardHandler)))
 	if err != nil {
-		return []finding{{"VMM", fail, err.Error(), "apt-get install qemu-system-x86"}}
+		return []finding{{"VMM", fail, wrenn.Public(err).Message, "apt-get install qemu-system-x86"}}
 	}
 	caps := qemu.New(verdict, qemu.Options{}).Capabilities()
 	vmm := finding{"VMM", ok, fmt.Sprintf("%s %s (%s), CPU model %s", caps.Driver, caps.Version, verdict.Binary, caps.CPUModel), ""}

@@ -60,8 +60,12 @@ func killAndWait(pid int) error {
 		return fmt.Errorf("kill process %d: %w", pid, err)
 	}
 	poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	if n, err := unix.Poll(poll, int(10*time.Second/time.Millisecond)); err != nil || n == 0 {
-		return fmt.Errorf("process %d does not end (%v)", pid, err)
+	n, err := unix.Poll(poll, int(10*time.Second/time.Millisecond))
+	if err != nil {
+		return fmt.Errorf("wait for process %d: %w", pid, err)
+	}
+	if n == 0 {
+		return fmt.Errorf("process %d does not end", pid)
 	}
 	return nil
 }

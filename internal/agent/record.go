@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -62,7 +61,7 @@ func (r *record) save(dir string) error {
 	if err != nil {
 		return err
 	}
-	return writeDurably(filepath.Join(dir, recordFile), append(raw, '\n'), 0o600)
+	return writeDurably(filepath.Join(dir, recordFile), append(raw, '\n'))
 }
 
 func loadRecord(dir string) (*record, error) {
@@ -83,8 +82,9 @@ func loadRecord(dir string) (*record, error) {
 	return r, nil
 }
 
-// writeDurably replaces a file so that after a power cut either the old or the new content is there.
-func writeDurably(path string, content []byte, mode fs.FileMode) (err error) {
+// writeDurably replaces a file, mode 0600, so that after a power cut either the old or the new content
+// is there.
+func writeDurably(path string, content []byte) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {
 		return err
@@ -94,7 +94,7 @@ func writeDurably(path string, content []byte, mode fs.FileMode) (err error) {
 			err = errors.Join(err, os.Remove(f.Name()))
 		}
 	}()
-	if err := errors.Join(f.Chmod(mode), writeSyncClose(f, content)); err != nil {
+	if err := writeSyncClose(f, content); err != nil {
 		return err
 	}
 	if err := os.Rename(f.Name(), path); err != nil {

@@ -57,7 +57,7 @@ func (c *controlPlane) register(ctx context.Context, token, address, tokenFile s
 		return fmt.Errorf("cannot make the directory of AGENT_TOKEN_FILE: %w", err)
 	}
 	// Written first: a token file that cannot be written must not cost the one-time token.
-	if err := writeDurably(tokenFile+".key", key, 0o600); err != nil {
+	if err := writeDurably(tokenFile+".key", key); err != nil {
 		return fmt.Errorf("cannot write beside AGENT_TOKEN_FILE: %w", err)
 	}
 	var answer struct {
@@ -70,9 +70,9 @@ func (c *controlPlane) register(ctx context.Context, token, address, tokenFile s
 		return fmt.Errorf("registration failed: %w", err)
 	}
 	return errors.Join(
-		writeDurably(tokenFile+".crt", []byte(answer.CertPEM), 0o600),
-		writeDurably(tokenFile+".ca", []byte(answer.CAPEM), 0o600),
-		writeDurably(tokenFile, []byte(answer.Token+"\n"), 0o600),
+		writeDurably(tokenFile+".crt", []byte(answer.CertPEM)),
+		writeDurably(tokenFile+".ca", []byte(answer.CAPEM)),
+		writeDurably(tokenFile, []byte(answer.Token+"\n")),
 	)
 }
 
