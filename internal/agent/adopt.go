@@ -16,7 +16,7 @@ import (
 // are undone, half-done deletes finished, and what belongs to no record (network slots, VMMs, trash)
 // is removed. A record that cannot be read is left alone and logged: unknown is not garbage.
 func (s *Sandboxes) adopt(ctx context.Context, cfg Config) error {
-	for _, dir := range []string{sandboxesDir, trashDir} {
+	for _, dir := range []string{sandboxesDir, templatesDir, trashDir} {
 		if err := os.MkdirAll(filepath.Join(s.dir, dir), 0o711); err != nil {
 			return err
 		}
@@ -69,8 +69,31 @@ func (s *Sandboxes) adoptOne(ctx context.Context, dir string) error {
 		return s.finishRemoval(ctx, sb)
 	case wrenn.SandboxRunning:
 		return s.adoptRunning(ctx, sb)
+	case wrenn.SandboxPausing, wrenn.SandboxResuming:
+		return s.adoptChanging(ctx, sb)
 	}
 	return nil
+}
+
+// adoptChanging settles a pause or resume that was cut off. A manifest says that the machine is whole at
+// rest and its VM, if any, has not gone on; without one the VM is the truth.
+func (s *Sandboxes) adoptChanging(ctx context.Context, sb *sandbox) error {
+	if _, err := sb.machine().load(); err == nil {
+		if err := s.teardown(ctx, sb); err != nil {
+			return err
+		}
+		return s.transition(sb, func(r *record) { r.toPaused(true) })
+	}
+	if sb.rec.VM == nil { // a resume that had not come to starting the VM, of a machine without memory
+		return s.transition(sb, func(r *record) { r.toPaused(false) })
+	}
+	if err := s.adoptRunning(ctx, sb); err != nil || sb.snapshot().State == wrenn.SandboxPaused {
+		return err
+	}
+	if err := s.greet(ctx, sb); err != nil {
+		return err
+	}
+	return s.transition(sb, func(r *record) { r.State = wrenn.SandboxRunning })
 }
 
 func (s *Sandboxes) finishRemoval(ctx context.Context, sb *sandbox) error {
@@ -160,7 +183,7 @@ func (s *Sandboxes) stop(ctx context.Context, sb *sandbox) error {
 			return err
 		}
 		return s.transition(sb, func(r *record) {
-			r.State, r.VM, r.Slot, r.HasMemory = wrenn.SandboxPaused, nil, -1, false
+			r.toPaused(false)
 			r.Reason = "its host was shut down; the disk is kept"
 		})
 	})

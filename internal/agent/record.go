@@ -34,26 +34,33 @@ type record struct {
 	Env            map[string]string `json:"env,omitempty"`
 	User           string            `json:"user"`
 	Hostname       string            `json:"hostname"`
-	AccessToken    string            `json:"access_token"`
+	MachineID      string            `json:"machine_id"`
+	// AccessToken is what the guest agent knows; NextToken is what it is being told, kept first, so that
+	// an agent that dies in between can still speak to the guest.
+	AccessToken string `json:"access_token"`
+	NextToken   string `json:"next_token,omitempty"`
 
 	CreatedAt    time.Time `json:"created_at"`
 	StartedAt    time.Time `json:"started_at,omitzero"`
 	LastActiveAt time.Time `json:"last_active_at,omitzero"`
 	Cold         bool      `json:"cold"`
 
-	Slot      int        `json:"slot"` // network slot, -1 if none
-	VM        *vm.Handle `json:"vm,omitempty"`
-	HasMemory bool       `json:"has_memory,omitempty"`
+	Slot int        `json:"slot"` // network slot, -1 if none
+	VM   *vm.Handle `json:"vm,omitempty"`
+	// HasMemory says that the machine is at rest with its memory, so that it can be resumed, not only booted.
+	HasMemory bool `json:"has_memory,omitempty"`
 }
 
-// Names in a sandbox's directory.
+// Names in a sandbox's directory, beside its machine.
 const (
 	recordFile = "record.json"
-	diskFile   = "disk.ext4"
-	memoryFile = "memory"
-	vmDir      = "vm"
 	consoleLog = "console.log"
 )
+
+// toPaused is the record of a sandbox whose VM is gone.
+func (r *record) toPaused(hasMemory bool) {
+	r.State, r.VM, r.Slot, r.HasMemory, r.Reason = wrenn.SandboxPaused, nil, -1, hasMemory, ""
+}
 
 // save replaces the record in dir, atomically and durably.
 func (r *record) save(dir string) error {

@@ -43,6 +43,24 @@ func (r rpcServer) DeleteSandbox(ctx context.Context, req *connect.Request[agent
 	return connect.NewResponse(&agentv1.DeleteSandboxResponse{}), nil
 }
 
+func (r rpcServer) PauseSandbox(ctx context.Context, req *connect.Request[agentv1.PauseSandboxRequest]) (*connect.Response[agentv1.PauseSandboxResponse], error) {
+	sb, err := r.sandboxes.Pause(ctx, req.Msg)
+	if err != nil {
+		r.sandboxes.log.Error("pause failed", "sandbox", req.Msg.Id, "err", err)
+		return nil, err
+	}
+	return connect.NewResponse(&agentv1.PauseSandboxResponse{Sandbox: sb}), nil
+}
+
+func (r rpcServer) ResumeSandbox(ctx context.Context, req *connect.Request[agentv1.ResumeSandboxRequest]) (*connect.Response[agentv1.ResumeSandboxResponse], error) {
+	sb, err := r.sandboxes.Resume(ctx, req.Msg.Id, req.Msg.OperationId)
+	if err != nil {
+		r.sandboxes.log.Error("resume failed", "sandbox", req.Msg.Id, "err", err)
+		return nil, err
+	}
+	return connect.NewResponse(&agentv1.ResumeSandboxResponse{Sandbox: sb}), nil
+}
+
 func (r rpcServer) GetSandbox(_ context.Context, req *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error) {
 	sb, err := r.sandboxes.Get(req.Msg.Id)
 	if err != nil {

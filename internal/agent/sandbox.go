@@ -107,7 +107,11 @@ func (sb *sandbox) snapshot() record {
 	return sb.rec
 }
 
-func (sb *sandbox) path(name string) string { return filepath.Join(sb.dir, name) }
+// machine is the sandbox's virtual machine, running or at rest.
+func (sb *sandbox) machine() machine { return machine(filepath.Join(sb.dir, "machine")) }
+
+// console is the log of its serial console.
+func (sb *sandbox) console() string { return filepath.Join(sb.dir, consoleLog) }
 
 // running gives the guest's client and token, or says why there is none.
 func (sb *sandbox) running() (*guest.Client, string, error) {

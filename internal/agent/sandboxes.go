@@ -41,6 +41,8 @@ type Sandboxes struct {
 	dir    string
 	log    *slog.Logger
 
+	templates templates
+
 	mu       sync.Mutex
 	byID     map[string]*sandbox
 	revision uint64
@@ -158,7 +160,7 @@ func newRecord(req *agentv1.CreateSandboxRequest) record {
 	r := record{
 		Version: recordVersion, ID: req.Id, State: wrenn.SandboxCreating, Revision: 1, OperationID: req.OperationId,
 		Template: req.Template, VCPUs: int(req.Vcpus), MemoryMB: int(req.MemoryMb), DiskMB: int(req.DiskMb),
-		Env: req.Env, User: req.User, Hostname: req.Hostname, AccessToken: guest.NewToken(),
+		Env: req.Env, User: req.User, Hostname: req.Hostname, MachineID: guest.NewMachineID(),
 		CreatedAt: time.Now().UTC(), Slot: -1,
 	}
 	if r.Hostname == "" {
@@ -182,6 +184,10 @@ func (s *Sandboxes) create(ctx context.Context, sb *sandbox) (err error) {
 	if err := s.store.NeedSpace(int64(rec.MemoryMB) << 20); err != nil {
 		return err
 	}
+	tmpl, cold, err := s.template(ctx, img, rec.VCPUs, rec.MemoryMB)
+	if err != nil {
+		return err
+	}
 	var u undo.Stack
 	defer u.Run(&err)
 	if err := os.Mkdir(sb.dir, 0o711); err != nil {
@@ -190,165 +196,20 @@ func (s *Sandboxes) create(ctx context.Context, sb *sandbox) (err error) {
 	u.Push(func() error { return s.discard(sb.dir) })
 	if err := sb.update(func(r *record) {
 		r.DiskMB = max(rec.DiskMB, img.DiskMB())
-		r.TemplateDigest = img.Digest
+		r.TemplateDigest, r.Cold = img.Digest, cold
 		if r.User == "" {
 			r.User = img.DefaultUser
 		}
 	}); err != nil {
 		return err
 	}
-	if err := s.cloneDisk(ctx, sb, img); err != nil {
-		return err
+	if err := sb.machine().cloneFrom(ctx, s.store, tmpl); err != nil {
+		return fmt.Errorf("clone template %s: %w", img.Name, err)
 	}
-	if err := s.start(ctx, sb, &u); err != nil {
+	if err := s.launch(ctx, sb, &u); err != nil {
 		return err
 	}
 	return s.transition(sb, func(r *record) { r.State = wrenn.SandboxRunning })
-}
-
-func (s *Sandboxes) cloneDisk(ctx context.Context, sb *sandbox, img image) error {
-	ctx, cancel := context.WithTimeout(ctx, importTimeout)
-	defer cancel()
-	src, err := s.images.open(ctx, img)
-	if err != nil {
-		return fmt.Errorf("import image %s: %w", img.Name, err)
-	}
-	if err := s.store.Clone(ctx, src, sb.path(diskFile)); err != nil {
-		return fmt.Errorf("clone image %s: %w", img.Name, err)
-	}
-	return s.store.Resize(sb.path(diskFile), int64(sb.snapshot().DiskMB)<<20)
-}
-
-// start boots the sandbox's VM from its disk and waits for its guest agent. Undo steps are pushed for
-// all that it takes.
-func (s *Sandboxes) start(ctx context.Context, sb *sandbox, u *undo.Stack) error {
-	slot, err := s.net.Acquire(ctx)
-	if err != nil {
-		return err
-	}
-	u.Push(func() error { s.net.Release(slot); return nil })
-	if err := sb.update(func(r *record) { r.Slot, r.Cold = slot.Index, true }); err != nil {
-		return err
-	}
-	cfg, err := s.vmConfig(sb, slot)
-	if err != nil {
-		return err
-	}
-	handle, err := s.driver.Start(ctx, cfg)
-	if err != nil {
-		return err
-	}
-	u.Push(func() error { return s.driver.Destroy(context.WithoutCancel(ctx), handle) })
-	if err := sb.update(func(r *record) { r.VM = &handle; r.StartedAt = handle.StartedAt.UTC() }); err != nil {
-		return err
-	}
-	s.attach(sb, slot, handle)
-	u.Push(func() error { s.detach(sb); return nil })
-	sb.mu.Lock()
-	client, gone := sb.guest, sb.gone
-	sb.mu.Unlock()
-	if err := client.WaitReady(ctx, gone); err != nil {
-		return err
-	}
-	return s.identify(ctx, sb, client)
-}
-
-// identify makes the guest itself: token, clock, entropy, names.
-func (s *Sandboxes) identify(ctx context.Context, sb *sandbox, client *guest.Client) error {
-	rec := sb.snapshot()
-	id := guest.Identity{
-		Token: rec.AccessToken, Hostname: rec.Hostname, MachineID: guest.NewMachineID(), Env: rec.Env, DefaultUser: rec.User,
-	}
-	if s.egress != network.EgressNone {
-		id.Nameservers = []string{network.GatewayIP}
-	}
-	return client.Init(ctx, "", id)
-}
-
-func (s *Sandboxes) vmConfig(sb *sandbox, slot *network.Slot) (vm.Config, error) {
-	rec := sb.snapshot()
-	dir := sb.path(vmDir)
-	if err := os.RemoveAll(dir); err != nil {
-		return vm.Config{}, err
-	}
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		return vm.Config{}, err
-	}
-	cmdline := fmt.Sprintf("root=/dev/vda rootfstype=ext4 rw init=/usr/local/bin/envd quiet panic=-1 wrenn.addr=%s/%d wrenn.gw=%s",
-		network.GuestIP, network.GuestPrefix, network.GatewayIP)
-	if s.egress != network.EgressNone {
-		cmdline += " wrenn.dns=" + network.GatewayIP
-	}
-	return vm.Config{
-		ID: rec.ID, Dir: dir, VCPUs: rec.VCPUs, MemoryMB: rec.MemoryMB, Kernel: s.kernel, Initrd: s.initrd, Cmdline: cmdline,
-		Disks: []vm.Disk{{Path: sb.path(diskFile)}}, MemoryFile: sb.path(memoryFile), Console: sb.path(consoleLog),
-		Net: vm.Net{NetnsPath: slot.NetnsPath, TAP: slot.TAP, MAC: network.GuestMAC},
-		UID: slot.UID, GID: slot.UID, Cgroup: rec.ID,
-	}, nil
-}
-
-// attach makes a VM that runs the sandbox's, and watches for its end.
-func (s *Sandboxes) attach(sb *sandbox, slot *network.Slot, handle vm.Handle) {
-	gone := make(chan struct{})
-	sb.mu.Lock()
-	sb.slot, sb.gone = slot, gone
-	sb.guest = guest.New(network.GuestIP, slot.DialContext)
-	sb.mu.Unlock()
-	go func() {
-		if err := s.driver.Wait(context.Background(), handle); err != nil {
-			s.log.Error("cannot watch a VM", "sandbox", sb.id, "err", err)
-			return
-		}
-		close(gone)
-		s.ended(sb, gone)
-	}()
-}
-
-// detach forgets the VM that ran.
-func (s *Sandboxes) detach(sb *sandbox) {
-	sb.mu.Lock()
-	defer sb.mu.Unlock()
-	if sb.guest != nil {
-		sb.guest.Close()
-	}
-	sb.guest, sb.slot, sb.gone = nil, nil, nil
-}
-
-// ended handles a VM that ended without being asked to: the guest powered off, or the VMM died. The
-// disk is all that is left, so the sandbox is paused without memory; it is not lost.
-func (s *Sandboxes) ended(sb *sandbox, gone chan struct{}) {
-	err := sb.do(context.Background(), wrenn.NewID(wrenn.PrefixOperation), func(ctx context.Context) error {
-		sb.mu.Lock()
-		current := sb.gone == gone && !sb.forget && sb.rec.State == wrenn.SandboxRunning
-		slot, handle := sb.slot, sb.rec.VM
-		sb.mu.Unlock()
-		if !current {
-			return nil // the end was ours: destroyed, deleted or paused
-		}
-		if err := s.driver.Destroy(ctx, *handle); err != nil {
-			return err
-		}
-		s.detach(sb)
-		s.net.Release(slot)
-		return s.lost(sb)
-	})
-	if err != nil {
-		s.log.Error("cannot settle a VM that ended", "sandbox", sb.id, "err", err)
-		return
-	}
-	select {
-	case s.changed <- struct{}{}:
-	default:
-	}
-}
-
-// lost records that a running sandbox has no VM any more.
-func (s *Sandboxes) lost(sb *sandbox) error {
-	s.log.Warn("the virtual machine of a sandbox ended by itself", "sandbox", sb.id)
-	return s.transition(sb, func(r *record) {
-		r.State, r.VM, r.Slot, r.HasMemory = wrenn.SandboxPaused, nil, -1, false
-		r.Reason = "its virtual machine ended by itself (powered off, or its host restarted); the disk is kept"
-	})
 }
 
 // Delete removes a sandbox and all that belongs to it. Deleting what is not there succeeds.

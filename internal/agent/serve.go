@@ -56,7 +56,8 @@ func openHost(ctx context.Context, cfg Config, log *slog.Logger) (*host, error) 
 	s := &Sandboxes{
 		driver: driver, store: store, net: pool, images: &images{dir: cfg.Images, store: store, log: log},
 		kernel: cfg.Kernel, initrd: cfg.Initrd, egress: cfg.Egress, dir: cfg.Sandboxes, log: log,
-		byID: map[string]*sandbox{}, changed: make(chan struct{}, 1),
+		templates: templates{pending: map[string]*preparation{}},
+		byID:      map[string]*sandbox{}, changed: make(chan struct{}, 1),
 	}
 	h := &host{cfg: cfg, store: store, net: pool, sandboxes: s, unlock: unlock}
 	if err := s.adopt(ctx, cfg); err != nil {

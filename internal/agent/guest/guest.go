@@ -187,3 +187,9 @@ func randomHex(n int) string {
 	_, _ = rand.Read(b) // never fails
 	return hex.EncodeToString(b)
 }
+
+// Do makes a Client usable as the HTTP client of generated Connect clients, with the given token.
+func (c *Client) Do(req *http.Request, token string) (*http.Response, error) {
+	req.Header.Set(TokenHeader, token)
+	return c.Transport.RoundTrip(req)
+}

@@ -111,6 +111,9 @@ const ConsoleLimit = 1 << 20
 type Disk struct {
 	Path     string
 	ReadOnly bool
+	// GrowTo, if larger than the image, makes it that many bytes (sparse) and tells the guest, also one
+	// that was restored from a snapshot taken with the smaller disk.
+	GrowTo int64
 }
 
 // Net is the VM's only network device, an existing TAP in an existing namespace.

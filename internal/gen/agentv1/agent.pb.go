@@ -504,6 +504,216 @@ func (*DeleteSandboxResponse) Descriptor() ([]byte, []int) {
 	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{4}
 }
 
+type PauseSandboxRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Id          string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	OperationId string                 `protobuf:"bytes,2,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	// Keep only the disk, synced; it is resumed by a boot.
+	DiskOnly bool `protobuf:"varint,3,opt,name=disk_only,json=diskOnly,proto3" json:"disk_only,omitempty"`
+	// If not 0, pause only if nothing was active for so long; else the answer is `conflict`.
+	IdleSec       uint32 `protobuf:"varint,4,opt,name=idle_sec,json=idleSec,proto3" json:"idle_sec,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseSandboxRequest) Reset() {
+	*x = PauseSandboxRequest{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseSandboxRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseSandboxRequest) ProtoMessage() {}
+
+func (x *PauseSandboxRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseSandboxRequest.ProtoReflect.Descriptor instead.
+func (*PauseSandboxRequest) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *PauseSandboxRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *PauseSandboxRequest) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *PauseSandboxRequest) GetDiskOnly() bool {
+	if x != nil {
+		return x.DiskOnly
+	}
+	return false
+}
+
+func (x *PauseSandboxRequest) GetIdleSec() uint32 {
+	if x != nil {
+		return x.IdleSec
+	}
+	return 0
+}
+
+type PauseSandboxResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseSandboxResponse) Reset() {
+	*x = PauseSandboxResponse{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseSandboxResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseSandboxResponse) ProtoMessage() {}
+
+func (x *PauseSandboxResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseSandboxResponse.ProtoReflect.Descriptor instead.
+func (*PauseSandboxResponse) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *PauseSandboxResponse) GetSandbox() *Sandbox {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
+type ResumeSandboxRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	OperationId   string                 `protobuf:"bytes,2,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeSandboxRequest) Reset() {
+	*x = ResumeSandboxRequest{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeSandboxRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeSandboxRequest) ProtoMessage() {}
+
+func (x *ResumeSandboxRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeSandboxRequest.ProtoReflect.Descriptor instead.
+func (*ResumeSandboxRequest) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *ResumeSandboxRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ResumeSandboxRequest) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+type ResumeSandboxResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeSandboxResponse) Reset() {
+	*x = ResumeSandboxResponse{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeSandboxResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeSandboxResponse) ProtoMessage() {}
+
+func (x *ResumeSandboxResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeSandboxResponse.ProtoReflect.Descriptor instead.
+func (*ResumeSandboxResponse) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ResumeSandboxResponse) GetSandbox() *Sandbox {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
 type GetSandboxRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -513,7 +723,7 @@ type GetSandboxRequest struct {
 
 func (x *GetSandboxRequest) Reset() {
 	*x = GetSandboxRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -525,7 +735,7 @@ func (x *GetSandboxRequest) String() string {
 func (*GetSandboxRequest) ProtoMessage() {}
 
 func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -538,7 +748,7 @@ func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxRequest.ProtoReflect.Descriptor instead.
 func (*GetSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *GetSandboxRequest) GetId() string {
@@ -557,7 +767,7 @@ type GetSandboxResponse struct {
 
 func (x *GetSandboxResponse) Reset() {
 	*x = GetSandboxResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -569,7 +779,7 @@ func (x *GetSandboxResponse) String() string {
 func (*GetSandboxResponse) ProtoMessage() {}
 
 func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -582,7 +792,7 @@ func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxResponse.ProtoReflect.Descriptor instead.
 func (*GetSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GetSandboxResponse) GetSandbox() *Sandbox {
@@ -600,7 +810,7 @@ type ListSandboxesRequest struct {
 
 func (x *ListSandboxesRequest) Reset() {
 	*x = ListSandboxesRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -612,7 +822,7 @@ func (x *ListSandboxesRequest) String() string {
 func (*ListSandboxesRequest) ProtoMessage() {}
 
 func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -625,7 +835,7 @@ func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*ListSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 type ListSandboxesResponse struct {
@@ -639,7 +849,7 @@ type ListSandboxesResponse struct {
 
 func (x *ListSandboxesResponse) Reset() {
 	*x = ListSandboxesResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -651,7 +861,7 @@ func (x *ListSandboxesResponse) String() string {
 func (*ListSandboxesResponse) ProtoMessage() {}
 
 func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -664,7 +874,7 @@ func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*ListSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListSandboxesResponse) GetSandboxes() []*Sandbox {
@@ -725,7 +935,19 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\x14DeleteSandboxRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
 	"\foperation_id\x18\x02 \x01(\tR\voperationId\"\x17\n" +
-	"\x15DeleteSandboxResponse\"#\n" +
+	"\x15DeleteSandboxResponse\"\x80\x01\n" +
+	"\x13PauseSandboxRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
+	"\foperation_id\x18\x02 \x01(\tR\voperationId\x12\x1b\n" +
+	"\tdisk_only\x18\x03 \x01(\bR\bdiskOnly\x12\x19\n" +
+	"\bidle_sec\x18\x04 \x01(\rR\aidleSec\"I\n" +
+	"\x14PauseSandboxResponse\x121\n" +
+	"\asandbox\x18\x01 \x01(\v2\x17.wrenn.agent.v1.SandboxR\asandbox\"I\n" +
+	"\x14ResumeSandboxRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
+	"\foperation_id\x18\x02 \x01(\tR\voperationId\"J\n" +
+	"\x15ResumeSandboxResponse\x121\n" +
+	"\asandbox\x18\x01 \x01(\v2\x17.wrenn.agent.v1.SandboxR\asandbox\"#\n" +
 	"\x11GetSandboxRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"G\n" +
 	"\x12GetSandboxResponse\x121\n" +
@@ -741,10 +963,12 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\x15SANDBOX_STATE_PAUSING\x10\x03\x12\x18\n" +
 	"\x14SANDBOX_STATE_PAUSED\x10\x04\x12\x1a\n" +
 	"\x16SANDBOX_STATE_RESUMING\x10\x05\x12\x1a\n" +
-	"\x16SANDBOX_STATE_DELETING\x10\x062\xfd\x02\n" +
+	"\x16SANDBOX_STATE_DELETING\x10\x062\xb6\x04\n" +
 	"\fAgentService\x12\\\n" +
 	"\rCreateSandbox\x12$.wrenn.agent.v1.CreateSandboxRequest\x1a%.wrenn.agent.v1.CreateSandboxResponse\x12\\\n" +
-	"\rDeleteSandbox\x12$.wrenn.agent.v1.DeleteSandboxRequest\x1a%.wrenn.agent.v1.DeleteSandboxResponse\x12S\n" +
+	"\rDeleteSandbox\x12$.wrenn.agent.v1.DeleteSandboxRequest\x1a%.wrenn.agent.v1.DeleteSandboxResponse\x12Y\n" +
+	"\fPauseSandbox\x12#.wrenn.agent.v1.PauseSandboxRequest\x1a$.wrenn.agent.v1.PauseSandboxResponse\x12\\\n" +
+	"\rResumeSandbox\x12$.wrenn.agent.v1.ResumeSandboxRequest\x1a%.wrenn.agent.v1.ResumeSandboxResponse\x12S\n" +
 	"\n" +
 	"GetSandbox\x12!.wrenn.agent.v1.GetSandboxRequest\x1a\".wrenn.agent.v1.GetSandboxResponse\x12\\\n" +
 	"\rListSandboxes\x12$.wrenn.agent.v1.ListSandboxesRequest\x1a%.wrenn.agent.v1.ListSandboxesResponseB5Z3github.com/wrenn-sandbox/wrenn/internal/gen/agentv1b\x06proto3"
@@ -762,7 +986,7 @@ func file_wrenn_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_wrenn_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_wrenn_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_wrenn_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_wrenn_agent_v1_agent_proto_goTypes = []any{
 	(SandboxState)(0),             // 0: wrenn.agent.v1.SandboxState
 	(*Sandbox)(nil),               // 1: wrenn.agent.v1.Sandbox
@@ -770,35 +994,45 @@ var file_wrenn_agent_v1_agent_proto_goTypes = []any{
 	(*CreateSandboxResponse)(nil), // 3: wrenn.agent.v1.CreateSandboxResponse
 	(*DeleteSandboxRequest)(nil),  // 4: wrenn.agent.v1.DeleteSandboxRequest
 	(*DeleteSandboxResponse)(nil), // 5: wrenn.agent.v1.DeleteSandboxResponse
-	(*GetSandboxRequest)(nil),     // 6: wrenn.agent.v1.GetSandboxRequest
-	(*GetSandboxResponse)(nil),    // 7: wrenn.agent.v1.GetSandboxResponse
-	(*ListSandboxesRequest)(nil),  // 8: wrenn.agent.v1.ListSandboxesRequest
-	(*ListSandboxesResponse)(nil), // 9: wrenn.agent.v1.ListSandboxesResponse
-	nil,                           // 10: wrenn.agent.v1.CreateSandboxRequest.EnvEntry
-	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
+	(*PauseSandboxRequest)(nil),   // 6: wrenn.agent.v1.PauseSandboxRequest
+	(*PauseSandboxResponse)(nil),  // 7: wrenn.agent.v1.PauseSandboxResponse
+	(*ResumeSandboxRequest)(nil),  // 8: wrenn.agent.v1.ResumeSandboxRequest
+	(*ResumeSandboxResponse)(nil), // 9: wrenn.agent.v1.ResumeSandboxResponse
+	(*GetSandboxRequest)(nil),     // 10: wrenn.agent.v1.GetSandboxRequest
+	(*GetSandboxResponse)(nil),    // 11: wrenn.agent.v1.GetSandboxResponse
+	(*ListSandboxesRequest)(nil),  // 12: wrenn.agent.v1.ListSandboxesRequest
+	(*ListSandboxesResponse)(nil), // 13: wrenn.agent.v1.ListSandboxesResponse
+	nil,                           // 14: wrenn.agent.v1.CreateSandboxRequest.EnvEntry
+	(*timestamppb.Timestamp)(nil), // 15: google.protobuf.Timestamp
 }
 var file_wrenn_agent_v1_agent_proto_depIdxs = []int32{
 	0,  // 0: wrenn.agent.v1.Sandbox.state:type_name -> wrenn.agent.v1.SandboxState
-	11, // 1: wrenn.agent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	11, // 2: wrenn.agent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
-	11, // 3: wrenn.agent.v1.Sandbox.last_active_at:type_name -> google.protobuf.Timestamp
-	10, // 4: wrenn.agent.v1.CreateSandboxRequest.env:type_name -> wrenn.agent.v1.CreateSandboxRequest.EnvEntry
+	15, // 1: wrenn.agent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	15, // 2: wrenn.agent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
+	15, // 3: wrenn.agent.v1.Sandbox.last_active_at:type_name -> google.protobuf.Timestamp
+	14, // 4: wrenn.agent.v1.CreateSandboxRequest.env:type_name -> wrenn.agent.v1.CreateSandboxRequest.EnvEntry
 	1,  // 5: wrenn.agent.v1.CreateSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
-	1,  // 6: wrenn.agent.v1.GetSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
-	1,  // 7: wrenn.agent.v1.ListSandboxesResponse.sandboxes:type_name -> wrenn.agent.v1.Sandbox
-	2,  // 8: wrenn.agent.v1.AgentService.CreateSandbox:input_type -> wrenn.agent.v1.CreateSandboxRequest
-	4,  // 9: wrenn.agent.v1.AgentService.DeleteSandbox:input_type -> wrenn.agent.v1.DeleteSandboxRequest
-	6,  // 10: wrenn.agent.v1.AgentService.GetSandbox:input_type -> wrenn.agent.v1.GetSandboxRequest
-	8,  // 11: wrenn.agent.v1.AgentService.ListSandboxes:input_type -> wrenn.agent.v1.ListSandboxesRequest
-	3,  // 12: wrenn.agent.v1.AgentService.CreateSandbox:output_type -> wrenn.agent.v1.CreateSandboxResponse
-	5,  // 13: wrenn.agent.v1.AgentService.DeleteSandbox:output_type -> wrenn.agent.v1.DeleteSandboxResponse
-	7,  // 14: wrenn.agent.v1.AgentService.GetSandbox:output_type -> wrenn.agent.v1.GetSandboxResponse
-	9,  // 15: wrenn.agent.v1.AgentService.ListSandboxes:output_type -> wrenn.agent.v1.ListSandboxesResponse
-	12, // [12:16] is the sub-list for method output_type
-	8,  // [8:12] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	1,  // 6: wrenn.agent.v1.PauseSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	1,  // 7: wrenn.agent.v1.ResumeSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	1,  // 8: wrenn.agent.v1.GetSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	1,  // 9: wrenn.agent.v1.ListSandboxesResponse.sandboxes:type_name -> wrenn.agent.v1.Sandbox
+	2,  // 10: wrenn.agent.v1.AgentService.CreateSandbox:input_type -> wrenn.agent.v1.CreateSandboxRequest
+	4,  // 11: wrenn.agent.v1.AgentService.DeleteSandbox:input_type -> wrenn.agent.v1.DeleteSandboxRequest
+	6,  // 12: wrenn.agent.v1.AgentService.PauseSandbox:input_type -> wrenn.agent.v1.PauseSandboxRequest
+	8,  // 13: wrenn.agent.v1.AgentService.ResumeSandbox:input_type -> wrenn.agent.v1.ResumeSandboxRequest
+	10, // 14: wrenn.agent.v1.AgentService.GetSandbox:input_type -> wrenn.agent.v1.GetSandboxRequest
+	12, // 15: wrenn.agent.v1.AgentService.ListSandboxes:input_type -> wrenn.agent.v1.ListSandboxesRequest
+	3,  // 16: wrenn.agent.v1.AgentService.CreateSandbox:output_type -> wrenn.agent.v1.CreateSandboxResponse
+	5,  // 17: wrenn.agent.v1.AgentService.DeleteSandbox:output_type -> wrenn.agent.v1.DeleteSandboxResponse
+	7,  // 18: wrenn.agent.v1.AgentService.PauseSandbox:output_type -> wrenn.agent.v1.PauseSandboxResponse
+	9,  // 19: wrenn.agent.v1.AgentService.ResumeSandbox:output_type -> wrenn.agent.v1.ResumeSandboxResponse
+	11, // 20: wrenn.agent.v1.AgentService.GetSandbox:output_type -> wrenn.agent.v1.GetSandboxResponse
+	13, // 21: wrenn.agent.v1.AgentService.ListSandboxes:output_type -> wrenn.agent.v1.ListSandboxesResponse
+	16, // [16:22] is the sub-list for method output_type
+	10, // [10:16] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_wrenn_agent_v1_agent_proto_init() }
@@ -812,7 +1046,7 @@ func file_wrenn_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wrenn_agent_v1_agent_proto_rawDesc), len(file_wrenn_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   10,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -47,6 +47,12 @@ const (
 	// AgentServiceDeleteSandboxProcedure is the fully-qualified name of the AgentService's
 	// DeleteSandbox RPC.
 	AgentServiceDeleteSandboxProcedure = "/wrenn.agent.v1.AgentService/DeleteSandbox"
+	// AgentServicePauseSandboxProcedure is the fully-qualified name of the AgentService's PauseSandbox
+	// RPC.
+	AgentServicePauseSandboxProcedure = "/wrenn.agent.v1.AgentService/PauseSandbox"
+	// AgentServiceResumeSandboxProcedure is the fully-qualified name of the AgentService's
+	// ResumeSandbox RPC.
+	AgentServiceResumeSandboxProcedure = "/wrenn.agent.v1.AgentService/ResumeSandbox"
 	// AgentServiceGetSandboxProcedure is the fully-qualified name of the AgentService's GetSandbox RPC.
 	AgentServiceGetSandboxProcedure = "/wrenn.agent.v1.AgentService/GetSandbox"
 	// AgentServiceListSandboxesProcedure is the fully-qualified name of the AgentService's
@@ -60,6 +66,11 @@ type AgentServiceClient interface {
 	CreateSandbox(context.Context, *connect.Request[agentv1.CreateSandboxRequest]) (*connect.Response[agentv1.CreateSandboxResponse], error)
 	// DeleteSandbox answers when nothing of the sandbox is left. Deleting what is not there succeeds.
 	DeleteSandbox(context.Context, *connect.Request[agentv1.DeleteSandboxRequest]) (*connect.Response[agentv1.DeleteSandboxResponse], error)
+	// PauseSandbox answers when the sandbox can be resumed on this host and uses no CPU and no memory.
+	// A pause that fails leaves it running.
+	PauseSandbox(context.Context, *connect.Request[agentv1.PauseSandboxRequest]) (*connect.Response[agentv1.PauseSandboxResponse], error)
+	// ResumeSandbox answers when the guest agent is ready again. A resume that fails leaves it paused.
+	ResumeSandbox(context.Context, *connect.Request[agentv1.ResumeSandboxRequest]) (*connect.Response[agentv1.ResumeSandboxResponse], error)
 	GetSandbox(context.Context, *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error)
 	// ListSandboxes is one consistent snapshot of all sandboxes of the host.
 	ListSandboxes(context.Context, *connect.Request[agentv1.ListSandboxesRequest]) (*connect.Response[agentv1.ListSandboxesResponse], error)
@@ -88,6 +99,18 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(agentServiceMethods.ByName("DeleteSandbox")),
 			connect.WithClientOptions(opts...),
 		),
+		pauseSandbox: connect.NewClient[agentv1.PauseSandboxRequest, agentv1.PauseSandboxResponse](
+			httpClient,
+			baseURL+AgentServicePauseSandboxProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("PauseSandbox")),
+			connect.WithClientOptions(opts...),
+		),
+		resumeSandbox: connect.NewClient[agentv1.ResumeSandboxRequest, agentv1.ResumeSandboxResponse](
+			httpClient,
+			baseURL+AgentServiceResumeSandboxProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("ResumeSandbox")),
+			connect.WithClientOptions(opts...),
+		),
 		getSandbox: connect.NewClient[agentv1.GetSandboxRequest, agentv1.GetSandboxResponse](
 			httpClient,
 			baseURL+AgentServiceGetSandboxProcedure,
@@ -107,6 +130,8 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 type agentServiceClient struct {
 	createSandbox *connect.Client[agentv1.CreateSandboxRequest, agentv1.CreateSandboxResponse]
 	deleteSandbox *connect.Client[agentv1.DeleteSandboxRequest, agentv1.DeleteSandboxResponse]
+	pauseSandbox  *connect.Client[agentv1.PauseSandboxRequest, agentv1.PauseSandboxResponse]
+	resumeSandbox *connect.Client[agentv1.ResumeSandboxRequest, agentv1.ResumeSandboxResponse]
 	getSandbox    *connect.Client[agentv1.GetSandboxRequest, agentv1.GetSandboxResponse]
 	listSandboxes *connect.Client[agentv1.ListSandboxesRequest, agentv1.ListSandboxesResponse]
 }
@@ -119,6 +144,16 @@ func (c *agentServiceClient) CreateSandbox(ctx context.Context, req *connect.Req
 // DeleteSandbox calls wrenn.agent.v1.AgentService.DeleteSandbox.
 func (c *agentServiceClient) DeleteSandbox(ctx context.Context, req *connect.Request[agentv1.DeleteSandboxRequest]) (*connect.Response[agentv1.DeleteSandboxResponse], error) {
 	return c.deleteSandbox.CallUnary(ctx, req)
+}
+
+// PauseSandbox calls wrenn.agent.v1.AgentService.PauseSandbox.
+func (c *agentServiceClient) PauseSandbox(ctx context.Context, req *connect.Request[agentv1.PauseSandboxRequest]) (*connect.Response[agentv1.PauseSandboxResponse], error) {
+	return c.pauseSandbox.CallUnary(ctx, req)
+}
+
+// ResumeSandbox calls wrenn.agent.v1.AgentService.ResumeSandbox.
+func (c *agentServiceClient) ResumeSandbox(ctx context.Context, req *connect.Request[agentv1.ResumeSandboxRequest]) (*connect.Response[agentv1.ResumeSandboxResponse], error) {
+	return c.resumeSandbox.CallUnary(ctx, req)
 }
 
 // GetSandbox calls wrenn.agent.v1.AgentService.GetSandbox.
@@ -137,6 +172,11 @@ type AgentServiceHandler interface {
 	CreateSandbox(context.Context, *connect.Request[agentv1.CreateSandboxRequest]) (*connect.Response[agentv1.CreateSandboxResponse], error)
 	// DeleteSandbox answers when nothing of the sandbox is left. Deleting what is not there succeeds.
 	DeleteSandbox(context.Context, *connect.Request[agentv1.DeleteSandboxRequest]) (*connect.Response[agentv1.DeleteSandboxResponse], error)
+	// PauseSandbox answers when the sandbox can be resumed on this host and uses no CPU and no memory.
+	// A pause that fails leaves it running.
+	PauseSandbox(context.Context, *connect.Request[agentv1.PauseSandboxRequest]) (*connect.Response[agentv1.PauseSandboxResponse], error)
+	// ResumeSandbox answers when the guest agent is ready again. A resume that fails leaves it paused.
+	ResumeSandbox(context.Context, *connect.Request[agentv1.ResumeSandboxRequest]) (*connect.Response[agentv1.ResumeSandboxResponse], error)
 	GetSandbox(context.Context, *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error)
 	// ListSandboxes is one consistent snapshot of all sandboxes of the host.
 	ListSandboxes(context.Context, *connect.Request[agentv1.ListSandboxesRequest]) (*connect.Response[agentv1.ListSandboxesResponse], error)
@@ -161,6 +201,18 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(agentServiceMethods.ByName("DeleteSandbox")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentServicePauseSandboxHandler := connect.NewUnaryHandler(
+		AgentServicePauseSandboxProcedure,
+		svc.PauseSandbox,
+		connect.WithSchema(agentServiceMethods.ByName("PauseSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceResumeSandboxHandler := connect.NewUnaryHandler(
+		AgentServiceResumeSandboxProcedure,
+		svc.ResumeSandbox,
+		connect.WithSchema(agentServiceMethods.ByName("ResumeSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
 	agentServiceGetSandboxHandler := connect.NewUnaryHandler(
 		AgentServiceGetSandboxProcedure,
 		svc.GetSandbox,
@@ -179,6 +231,10 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceCreateSandboxHandler.ServeHTTP(w, r)
 		case AgentServiceDeleteSandboxProcedure:
 			agentServiceDeleteSandboxHandler.ServeHTTP(w, r)
+		case AgentServicePauseSandboxProcedure:
+			agentServicePauseSandboxHandler.ServeHTTP(w, r)
+		case AgentServiceResumeSandboxProcedure:
+			agentServiceResumeSandboxHandler.ServeHTTP(w, r)
 		case AgentServiceGetSandboxProcedure:
 			agentServiceGetSandboxHandler.ServeHTTP(w, r)
 		case AgentServiceListSandboxesProcedure:
@@ -198,6 +254,14 @@ func (UnimplementedAgentServiceHandler) CreateSandbox(context.Context, *connect.
 
 func (UnimplementedAgentServiceHandler) DeleteSandbox(context.Context, *connect.Request[agentv1.DeleteSandboxRequest]) (*connect.Response[agentv1.DeleteSandboxResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.DeleteSandbox is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) PauseSandbox(context.Context, *connect.Request[agentv1.PauseSandboxRequest]) (*connect.Response[agentv1.PauseSandboxResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.PauseSandbox is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) ResumeSandbox(context.Context, *connect.Request[agentv1.ResumeSandboxRequest]) (*connect.Response[agentv1.ResumeSandboxResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.ResumeSandbox is not implemented"))
 }
 
 func (UnimplementedAgentServiceHandler) GetSandbox(context.Context, *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error) {

@@ -1,0 +1,148 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
+)
+
+// machine is a directory that holds what one virtual machine is made of. While the VM runs, its disk and
+// memory are in use and change. At rest, device state and a manifest lie beside them, and together they
+// are one moment of the machine: a paused sandbox, or a template that sandboxes are cloned from. The
+// manifest is written last and removed first, so files without it are never taken for a moment.
+type machine string
+
+// Names in a machine's directory.
+const (
+	diskFile     = "disk.ext4"
+	memoryFile   = "memory"
+	stateFile    = "state"
+	manifestFile = "manifest.json"
+	vmDir        = "vm" // the driver's sockets and logs, only while a VM exists
+)
+
+func (m machine) dir() string      { return string(m) }
+func (m machine) disk() string     { return filepath.Join(string(m), diskFile) }
+func (m machine) memory() string   { return filepath.Join(string(m), memoryFile) }
+func (m machine) state() string    { return filepath.Join(string(m), stateFile) }
+func (m machine) manifest() string { return filepath.Join(string(m), manifestFile) }
+func (m machine) vm() string       { return filepath.Join(string(m), vmDir) }
+
+const manifestVersion = 1
+
+// manifest says what a machine at rest is and what can run it.
+type manifest struct {
+	Version    int       `json:"version"`
+	Driver     string    `json:"driver"`
+	VMMVersion string    `json:"vmm_version"`
+	Accel      string    `json:"acceleration"`
+	Arch       string    `json:"arch"`
+	CPUModel   string    `json:"cpu_model"`
+	VCPUs      int       `json:"vcpus"`
+	MemoryMB   int       `json:"memory_mb"`
+	DiskBytes  int64     `json:"disk_bytes"`
+	StateBytes int64     `json:"state_bytes"`
+	SavedAt    time.Time `json:"saved_at"`
+}
+
+// rest freezes nothing: it takes a frozen VM's moment into m, whose disk and memory the VM uses.
+func (m machine) rest(ctx context.Context, driver vm.Driver, handle vm.Handle, vcpus int) error {
+	if err := driver.Snapshot(ctx, handle, vm.SnapshotFiles{State: m.state(), Memory: m.memory()}); err != nil {
+		return err
+	}
+	disk, err := os.Stat(m.disk())
+	if err != nil {
+		return err
+	}
+	state, err := os.Stat(m.state())
+	if err != nil {
+		return err
+	}
+	caps := driver.Capabilities()
+	raw, err := json.MarshalIndent(manifest{
+		Version: manifestVersion, Driver: caps.Driver, VMMVersion: caps.Version, Accel: caps.Acceleration, Arch: caps.Arch,
+		CPUModel: caps.CPUModel, VCPUs: vcpus, MemoryMB: handle.MemoryMB, DiskBytes: disk.Size(), StateBytes: state.Size(),
+		SavedAt: time.Now().UTC(),
+	}, "", "  ")
+	if err != nil {
+		return err
+	}
+	return writeDurably(m.manifest(), append(raw, '\n'))
+}
+
+// load reads the manifest of a machine at rest; os.ErrNotExist says that it is not at rest.
+func (m machine) load() (*manifest, error) {
+	raw, err := os.ReadFile(m.manifest())
+	if err != nil {
+		return nil, err
+	}
+	man := &manifest{}
+	if err := json.Unmarshal(raw, man); err != nil {
+		return nil, fmt.Errorf("manifest of %s: %w", filepath.Base(m.dir()), err)
+	}
+	if man.Version != manifestVersion {
+		return nil, fmt.Errorf("manifest of %s has version %d, this agent knows %d", filepath.Base(m.dir()), man.Version, manifestVersion)
+	}
+	if state, err := os.Stat(m.state()); err != nil || state.Size() != man.StateBytes {
+		return nil, fmt.Errorf("device state of %s is damaged", filepath.Base(m.dir()))
+	}
+	return man, nil
+}
+
+// fits tells whether a driver can run this moment, and if not, why.
+func (man *manifest) fits(caps vm.Capabilities) error {
+	differs := func(what, want, have string) error {
+		return wrenn.Errorf(wrenn.KindInvalidState, "the saved memory needs %s %s, this host has %s", what, want, have).
+			With("needs", want).With("has", have)
+	}
+	switch {
+	case man.Driver != caps.Driver:
+		return differs("the hypervisor", man.Driver, caps.Driver)
+	case man.VMMVersion != caps.Version:
+		return differs(man.Driver, man.VMMVersion, caps.Version)
+	case man.Accel != caps.Acceleration:
+		return differs("acceleration", man.Accel, caps.Acceleration)
+	case man.Arch != caps.Arch || man.CPUModel != caps.CPUModel:
+		return differs("the CPU", man.Arch+" "+man.CPUModel, caps.Arch+" "+caps.CPUModel)
+	}
+	return nil
+}
+
+// wake removes what makes m a moment, as its VM is about to change it.
+func (m machine) wake() error {
+	if err := os.Remove(m.manifest()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return syncDir(m.dir())
+}
+
+// cloneFrom makes m a clone of the machine at rest src.
+func (m machine) cloneFrom(ctx context.Context, store *storage.Store, src machine) error {
+	if err := os.Mkdir(m.dir(), 0o711); err != nil {
+		return err
+	}
+	for _, f := range []struct{ from, to string }{{src.disk(), m.disk()}, {src.memory(), m.memory()}, {src.state(), m.state()}, {src.manifest(), m.manifest()}} {
+		if err := store.Clone(ctx, f.from, f.to); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sync makes all of a machine at rest survive a power cut.
+func (m machine) sync() error {
+	for _, path := range []string{m.disk(), m.memory(), m.state(), m.manifest(), m.dir()} {
+		if err := syncDir(path); err != nil { // fsync(2) is the same for files and directories
+			return err
+		}
+	}
+	return nil
+}

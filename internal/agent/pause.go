@@ -1,0 +1,235 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"os"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-sandbox/wrenn/internal/agent/guest"
+	"github.com/wrenn-sandbox/wrenn/internal/gen/agentv1"
+	"github.com/wrenn-sandbox/wrenn/internal/gen/process"
+	"github.com/wrenn-sandbox/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-sandbox/wrenn/internal/undo"
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
+)
+
+// guestFreezeTimeout bounds how long a guest may take to stop its processes before a pause. One that
+// does not (its root user can see to that) is paused all the same.
+const guestFreezeTimeout = 2 * time.Second
+
+// Pause stops a sandbox and keeps its disk and, unless disk_only, its memory. One that fails leaves it
+// running.
+func (s *Sandboxes) Pause(ctx context.Context, req *agentv1.PauseSandboxRequest) (*agentv1.Sandbox, error) {
+	sb, err := s.get(req.Id)
+	if err != nil {
+		return nil, err
+	}
+	err = sb.do(ctx, req.OperationId, func(ctx context.Context) error {
+		if err := s.settlePause(ctx, sb); err != nil {
+			return err
+		}
+		done, err := sb.admit(req.OperationId, wrenn.SandboxPaused, wrenn.SandboxRunning)
+		if done || err != nil {
+			return err
+		}
+		if req.IdleSec > 0 {
+			if err := sb.checkIdle(ctx, time.Duration(req.IdleSec)*time.Second); err != nil {
+				return err
+			}
+		}
+		return s.pause(ctx, sb, req)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return sb.report(), nil
+}
+
+// admit decides whether an operation that leads from one state to another may start. done says that it
+// was done already.
+func (sb *sandbox) admit(opID string, to, from wrenn.SandboxState) (done bool, err error) {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	switch {
+	case sb.forget:
+		return false, wrenn.Errorf(wrenn.KindNotFound, "this host has no sandbox %s", sb.id)
+	case sb.rec.State == to && sb.rec.OperationID == opID:
+		return true, nil
+	case sb.rec.State != from:
+		return false, wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is %s, not %s", sb.rec.State, from).
+			With("state", string(sb.rec.State))
+	}
+	return false, nil
+}
+
+func (s *Sandboxes) pause(ctx context.Context, sb *sandbox, req *agentv1.PauseSandboxRequest) (err error) {
+	defer func() { err = diskFull(err) }()
+	if err := s.transition(sb, func(r *record) { r.State, r.OperationID = wrenn.SandboxPausing, req.OperationId }); err != nil {
+		return err
+	}
+	var u undo.Stack
+	defer u.Run(&err)
+	u.Push(func() error { return s.transition(sb, func(r *record) { r.State = wrenn.SandboxRunning }) })
+	save := s.saveMemory
+	if req.DiskOnly {
+		save = s.saveDisk
+	}
+	if err := save(ctx, sb, &u); err != nil {
+		return err
+	}
+	if err := s.teardown(ctx, sb); err != nil {
+		return err
+	}
+	u = undo.Stack{} // the VM is gone; what fails from here is settled by the next operation
+	if req.DiskOnly {
+		if err := sb.machine().dropMemory(); err != nil {
+			return err
+		}
+	}
+	return s.transition(sb, func(r *record) { r.toPaused(!req.DiskOnly) })
+}
+
+// settlePause ends a pause whose VM is gone but whose last record could not be written.
+func (s *Sandboxes) settlePause(ctx context.Context, sb *sandbox) error {
+	if sb.snapshot().State != wrenn.SandboxPausing {
+		return nil
+	}
+	if err := s.teardown(ctx, sb); err != nil {
+		return err
+	}
+	_, missing := sb.machine().load()
+	return s.transition(sb, func(r *record) { r.toPaused(missing == nil) })
+}
+
+// saveMemory brings the machine to rest: frozen, its device state and manifest beside its memory and disk.
+func (s *Sandboxes) saveMemory(ctx context.Context, sb *sandbox, u *undo.Stack) error {
+	client, token, rec := sb.guestAndRecord()
+	freeze, cancel := context.WithTimeout(ctx, guestFreezeTimeout)
+	defer cancel()
+	if err := client.Freeze(freeze, token); err != nil {
+		s.log.Warn("a guest did not stop its processes before a pause", "sandbox", sb.id, "err", err)
+	}
+	undoing := context.WithoutCancel(ctx)
+	u.Push(func() error { return client.Thaw(undoing, token) })
+	if err := s.driver.Pause(ctx, *rec.VM); err != nil {
+		return err
+	}
+	u.Push(func() error { return errors.Join(sb.machine().wake(), s.driver.Resume(undoing, *rec.VM)) })
+	return sb.machine().rest(ctx, s.driver, *rec.VM, rec.VCPUs)
+}
+
+// saveDisk flushes and freezes the guest's file system, so that the disk alone can be booted again.
+func (s *Sandboxes) saveDisk(ctx context.Context, sb *sandbox, u *undo.Stack) error {
+	client, token, rec := sb.guestAndRecord()
+	if err := client.FreezeFS(ctx, token); err != nil {
+		return err
+	}
+	undoing := context.WithoutCancel(ctx)
+	u.Push(func() error { return client.ThawFS(undoing, token) })
+	if err := s.driver.Pause(ctx, *rec.VM); err != nil {
+		return err
+	}
+	u.Push(func() error { return s.driver.Resume(undoing, *rec.VM) })
+	return syncDir(sb.machine().disk())
+}
+
+// Resume makes a paused sandbox run again; one without memory is booted. One that fails leaves it paused.
+func (s *Sandboxes) Resume(ctx context.Context, id, opID string) (*agentv1.Sandbox, error) {
+	sb, err := s.get(id)
+	if err != nil {
+		return nil, err
+	}
+	err = sb.do(ctx, opID, func(ctx context.Context) error {
+		if err := s.settlePause(ctx, sb); err != nil {
+			return err
+		}
+		done, err := sb.admit(opID, wrenn.SandboxRunning, wrenn.SandboxPaused)
+		if done || err != nil {
+			return err
+		}
+		return s.resume(ctx, sb, opID)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return sb.report(), nil
+}
+
+func (s *Sandboxes) resume(ctx context.Context, sb *sandbox, opID string) (err error) {
+	defer func() { err = diskFull(err) }()
+	if !sb.snapshot().HasMemory {
+		if err := s.store.NeedSpace(int64(sb.snapshot().MemoryMB) << 20); err != nil {
+			return err
+		}
+	}
+	if err := s.transition(sb, func(r *record) { r.State, r.OperationID = wrenn.SandboxResuming, opID }); err != nil {
+		return err
+	}
+	var u undo.Stack
+	defer u.Run(&err)
+	u.Push(func() error {
+		_, missing := sb.machine().load()
+		return s.transition(sb, func(r *record) { r.toPaused(missing == nil) })
+	})
+	if !sb.snapshot().HasMemory {
+		// A guest that boots has forgotten its token.
+		if err := sb.update(func(r *record) { r.AccessToken, r.NextToken, r.Cold = "", "", true }); err != nil {
+			return err
+		}
+	}
+	if err := s.launch(ctx, sb, &u); err != nil {
+		return err
+	}
+	return s.transition(sb, func(r *record) { r.State = wrenn.SandboxRunning })
+}
+
+// checkIdle refuses with KindConflict if the sandbox was used within the last idle time, or a command
+// runs in it.
+func (sb *sandbox) checkIdle(ctx context.Context, idle time.Duration) error {
+	open, last := sb.activity.state()
+	client, token, rec := sb.guestAndRecord()
+	if rec.LastActiveAt.After(last) {
+		last = rec.LastActiveAt
+	}
+	if rec.StartedAt.After(last) {
+		last = rec.StartedAt
+	}
+	if open || time.Since(last) < idle {
+		return wrenn.Errorf(wrenn.KindConflict, "the sandbox is in use")
+	}
+	procs := processconnect.NewProcessClient(guestHTTP{client, token}, "http://"+client.Host())
+	list, err := procs.List(ctx, connect.NewRequest(&process.ListRequest{}))
+	if err != nil {
+		return wrenn.Wrap(err, wrenn.KindAgentError, "the sandbox's guest agent does not answer")
+	}
+	if n := len(list.Msg.Processes); n > 0 {
+		return wrenn.Errorf(wrenn.KindConflict, "the sandbox is in use: %d commands run in it", n)
+	}
+	return nil
+}
+
+func (sb *sandbox) guestAndRecord() (*guest.Client, string, record) {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	return sb.guest, sb.rec.AccessToken, sb.rec
+}
+
+// guestHTTP is the HTTP client of generated clients towards one guest.
+type guestHTTP struct {
+	client *guest.Client
+	token  string
+}
+
+func (g guestHTTP) Do(req *http.Request) (*http.Response, error) { return g.client.Do(req, g.token) }
+
+// dropMemory frees the memory of a machine that was saved without it.
+func (m machine) dropMemory() error {
+	if err := os.Remove(m.memory()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
