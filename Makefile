@@ -29,3 +29,9 @@ generate-api:
 	$(GO_TOOL) oapi-codegen -config api/oapi-codegen.yaml api/openapi.yaml
 generate-sql:
 	cd internal/controlplane/store && go tool -modfile=$(CURDIR)/tools/go.mod sqlc generate
+
+.PHONY: images
+IMAGES ?= minimal base
+WRENN_DIR ?= .wrenn
+images: build-envd ## Make the guest's kernel, initramfs and images (IMAGES="minimal base", WRENN_DIR=.wrenn)
+	go run ./images/build -images $(WRENN_DIR)/images -kernels $(WRENN_DIR)/kernels $(IMAGES)

@@ -1,0 +1,68 @@
+package boot
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// resizeFS is EXT4_IOC_RESIZE_FS, _IOW('f', 16, __u64) of the kernel's fs/ext4/ext4.h: grow the mounted
+// file system to so many blocks.
+const resizeFS = 0x40086610
+
+// growRoot grows the root file system to the size of its device, if the device is larger.
+func growRoot(device string) error {
+	f, err := os.Open(device)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		return err
+	}
+	super := make([]byte, 1024)
+	if _, err := f.ReadAt(super, 1024); err != nil {
+		return err
+	}
+	have, blockSize, err := parseSuperblock(super)
+	if err != nil {
+		return err
+	}
+	want := uint64(size) / blockSize
+	if want <= have {
+		return nil
+	}
+	root, err := os.Open("/")
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, root.Fd(), resizeFS, uintptr(unsafe.Pointer(&want))); errno != 0 {
+		return fmt.Errorf("from %d to %d blocks of %d bytes: %w", have, want, blockSize, errno)
+	}
+	return nil
+}
+
+// parseSuperblock reads the number and the size of blocks from an ext4 superblock (kernel document
+// filesystems/ext4/super).
+func parseSuperblock(b []byte) (blocks, blockSize uint64, err error) {
+	if len(b) < 0x154 || binary.LittleEndian.Uint16(b[0x38:]) != 0xef53 {
+		return 0, 0, errors.New("not an ext4 file system")
+	}
+	shift := binary.LittleEndian.Uint32(b[0x18:])
+	if shift > 6 {
+		return 0, 0, errors.New("impossible block size")
+	}
+	blocks = uint64(binary.LittleEndian.Uint32(b[0x4:]))
+	const feature64bit = 0x80
+	if binary.LittleEndian.Uint32(b[0x60:])&feature64bit != 0 {
+		blocks |= uint64(binary.LittleEndian.Uint32(b[0x150:])) << 32
+	}
+	return blocks, 1024 << shift, nil
+}

@@ -1,0 +1,85 @@
+package envd
+
+import (
+	"log/slog"
+	"net/http"
+	"strings"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-sandbox/wrenn/internal/envd/account"
+	"github.com/wrenn-sandbox/wrenn/internal/envd/cgroup"
+	"github.com/wrenn-sandbox/wrenn/internal/envd/process"
+	"github.com/wrenn-sandbox/wrenn/internal/envd/routes"
+	"github.com/wrenn-sandbox/wrenn/internal/envd/settings"
+	"github.com/wrenn-sandbox/wrenn/internal/gen/process/processconnect"
+)
+
+// maxMessage bounds one RPC message in bytes.
+const maxMessage = 16 << 20
+
+// Config is what the agent is made of.
+type Config struct {
+	Settings *settings.Store
+	Users    account.Database
+	Cgroups  *cgroup.Tree // nil: user processes get no cgroups
+	Log      *slog.Logger
+}
+
+// server answers the small routes.
+type server struct {
+	Config
+}
+
+// New makes the handler of the whole agent.
+func New(cfg Config) http.Handler {
+	s := &server{Config: cfg}
+	rpc := []connect.HandlerOption{
+		connect.WithReadMaxBytes(maxMessage),
+		// Clients of this contract do not expect compressed streams, whatever their HTTP library accepts.
+		connect.WithCompression("gzip", nil, nil),
+	}
+	mux := http.NewServeMux()
+	mux.Handle(processconnect.NewProcessHandler(process.NewService(cfg.Users, cfg.Settings, cfg.Cgroups, cfg.Log), rpc...))
+	mux.HandleFunc("GET "+routes.Health, s.health)
+	mux.HandleFunc("POST "+routes.Init, s.init)
+	mux.HandleFunc("GET "+routes.Envs, s.envs)
+	return s.admit(mux)
+}
+
+// admit lets only requests pass that carry the access token, once there is one. Liveness is told to
+// everybody; /files may carry a signature instead and checks that itself.
+func (s *server) admit(next http.Handler) http.Handler {
+	refuse := connect.NewErrorWriter()
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Envd-Version", Version)
+		open := r.URL.Path == routes.Health || r.URL.Path == routes.Files
+		if open || s.Settings.Get().Admits(r.Header.Get("X-Access-Token")) {
+			next.ServeHTTP(w, r)
+			return
+		}
+		err := connect.NewError(connect.CodeUnauthenticated, errBadToken)
+		if isRPC(r.URL.Path) && refuse.IsSupported(r) {
+			_ = refuse.Write(w, r, err) // the client may be gone
+			return
+		}
+		writeError(w, http.StatusUnauthorized, errBadToken.Error())
+	})
+}
+
+func isRPC(path string) bool {
+	return strings.HasPrefix(path, "/process.Process/") || strings.HasPrefix(path, "/filesystem.Filesystem/")
+}
+
+func (s *server) health(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (s *server) envs(w http.ResponseWriter, _ *http.Request) {
+	env := s.Settings.Get().Env
+	if env == nil {
+		env = map[string]string{}
+	}
+	writeJSON(w, http.StatusOK, env)
+}
