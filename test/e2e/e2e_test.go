@@ -1,0 +1,174 @@
+// Package e2e tests Wrenn from outside: through the public API, in real virtual machines. One stack is
+// started for the package; every test makes its own sandboxes.
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	wrenn "github.com/wrenn-sandbox/wrenn/sdk/go"
+	"github.com/wrenn-sandbox/wrenn/test/stack"
+)
+
+// shared is the package's stack; nil with a reason where it cannot run.
+type shared struct {
+	stack  *stack.Stack
+	reason string
+}
+
+var env shared
+
+func TestMain(m *testing.M) {
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	in, err := stack.FindInputs()
+	if err != nil {
+		env.reason = err.Error()
+		return m.Run()
+	}
+	dir, err := os.MkdirTemp("", "wrenn-e2e-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	s, err := stack.Start(ctx, in, dir)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err, s.Logs())
+		return 1
+	}
+	env.stack = s
+	code := m.Run()
+	if code != 0 {
+		fmt.Fprintln(os.Stderr, s.Logs())
+	}
+	if err := s.Close(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return code
+}
+
+// start gives a test the stack and a context, or skips it.
+func start(t *testing.T) (context.Context, *stack.Stack) {
+	t.Helper()
+	if env.stack == nil {
+		t.Skip(env.reason)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	t.Cleanup(cancel)
+	return ctx, env.stack
+}
+
+// sandbox makes a sandbox that goes with the test.
+func sandbox(ctx context.Context, t *testing.T, s *stack.Stack, o wrenn.SandboxOptions) *wrenn.Sandbox {
+	t.Helper()
+	sb, err := s.Client.CreateSandbox(ctx, o)
+	if err != nil {
+		t.Fatalf("create: %v", err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		defer cancel()
+		if _, err := sb.Delete(ctx); err != nil && !wrenn.IsNotFound(err) {
+			t.Errorf("delete %s: %v", sb.ID, err)
+		}
+	})
+	return sb
+}
+
+func shell(ctx context.Context, t *testing.T, sb *wrenn.Sandbox, script string) string {
+	t.Helper()
+	res, err := sb.Shell(ctx, script)
+	if err != nil {
+		t.Fatalf("exec %q: %v", script, err)
+	}
+	if res.ExitCode != 0 {
+		t.Fatalf("exec %q: exit %d: %s", script, res.ExitCode, res.Stderr)
+	}
+	return strings.TrimSpace(string(res.Stdout))
+}
+
+func TestCodeRunsInAVirtualMachineOfItsOwn(t *testing.T) {
+	t.Parallel()
+	ctx, s := start(t)
+	sb := sandbox(ctx, t, s, wrenn.SandboxOptions{})
+	if got := shell(ctx, t, sb, "id -un; id -u; pwd"); got != "user\n1000\n/home/user" {
+		t.Errorf("default user is %q", got)
+	}
+	host, err := os.ReadFile("/proc/sys/kernel/osrelease")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := shell(ctx, t, sb, "uname -r"); got == strings.TrimSpace(string(host)) {
+		t.Errorf("the guest runs the host's kernel %s", got)
+	}
+	if got := shell(ctx, t, sb, "sudo id -u"); got != "0" {
+		t.Errorf("sudo id -u: %q", got)
+	}
+}
+
+func TestTwoSandboxesAreNotTwins(t *testing.T) {
+	t.Parallel()
+	ctx, s := start(t)
+	a := sandbox(ctx, t, s, wrenn.SandboxOptions{})
+	b := sandbox(ctx, t, s, wrenn.SandboxOptions{})
+	for _, what := range []string{
+		"head -c 16 /dev/urandom | od -An -tx1", "cat /proc/sys/kernel/random/uuid", "cat /etc/machine-id", "hostname",
+	} {
+		if x, y := shell(ctx, t, a, what), shell(ctx, t, b, what); x == y || x == "" {
+			t.Errorf("%s: %q and %q", what, x, y)
+		}
+	}
+	var clock int64
+	if _, err := fmt.Sscan(shell(ctx, t, b, "date +%s%3N"), &clock); err != nil {
+		t.Fatal(err)
+	}
+	if off := time.Since(time.UnixMilli(clock)).Abs(); off > 2*time.Second {
+		t.Errorf("the guest's clock is %v off", off)
+	}
+}
+
+func TestExitCodeOutputAndTimeLimit(t *testing.T) {
+	t.Parallel()
+	ctx, s := start(t)
+	sb := sandbox(ctx, t, s, wrenn.SandboxOptions{})
+	res, err := sb.Shell(ctx, "echo out; echo err >&2; exit 7")
+	if err != nil || res.ExitCode != 7 || string(res.Stdout) != "out\n" || string(res.Stderr) != "err\n" {
+		t.Errorf("got %+v, %v", res, err)
+	}
+	res, err = sb.ExecWith(ctx, wrenn.ExecOptions{Cmd: "echo before; sleep 100 & sleep 100", Shell: true, Timeout: 2 * time.Second})
+	if err != nil || !res.TimedOut || res.ExitCode != -1 || string(res.Stdout) != "before\n" {
+		t.Errorf("time limit: got %+v, %v", res, err)
+	}
+	if got := shell(ctx, t, sb, "pgrep -c sleep || true"); got != "0" {
+		t.Errorf("%s sleeps outlived their time limit", got)
+	}
+	_, err = sb.Exec(ctx, "no-such-program")
+	if wrenn.CodeOf(err) == "" || wrenn.CodeOf(err) == wrenn.CodeInternal {
+		t.Errorf("a missing program: %v", err)
+	}
+}
+
+func TestDeletedSandboxIsGone(t *testing.T) {
+	t.Parallel()
+	ctx, s := start(t)
+	sb := sandbox(ctx, t, s, wrenn.SandboxOptions{})
+	if done, err := sb.Delete(ctx); err != nil || !done {
+		t.Fatal(done, err)
+	}
+	_, err := s.Client.GetSandbox(ctx, sb.ID)
+	var api *wrenn.APIError
+	if !errors.As(err, &api) || api.Status != 404 {
+		t.Errorf("after delete: %v", err)
+	}
+}
