@@ -75,7 +75,11 @@ type Stack struct {
 	cpPort        int
 	agentPort     int
 	agentInstance string
+	baseUID       int
 }
+
+// uidRange is how many uids a stack's virtual machines may use.
+const uidRange = 4000
 
 // Email and Password of the admin.
 const (
@@ -107,6 +111,7 @@ func Start(ctx context.Context, in Inputs, dir string) (s *Stack, err error) {
 		return s, err
 	}
 	s.URL = "http://127.0.0.1:" + strconv.Itoa(s.cpPort)
+	s.baseUID = 100_000_000 + int(time.Now().UnixNano()%100_000)*uidRange // apart from stacks of other tests
 	s.agentInstance = "t" + strconv.FormatInt(time.Now().UnixNano()%(36*36*36*36*36), 36)
 	if err := s.StartControlPlane(ctx); err != nil {
 		return s, err
@@ -217,6 +222,7 @@ func (s *Stack) AgentEnv() []string {
 		"AGENT_TOKEN_FILE="+filepath.Join(s.Dir, "agent", "token"), "AGENT_KERNEL_PATH="+s.Kernel,
 		"AGENT_IMAGES_PATH="+s.Images, "AGENT_SANDBOXES_PATH="+filepath.Join(s.Dir, "sandboxes"),
 		"AGENT_VOLUME_SIZE=40G", "AGENT_EGRESS=none", "AGENT_INSTANCE="+s.agentInstance, "AGENT_HEARTBEAT_SEC=2",
+		"AGENT_BASE_UID="+strconv.Itoa(s.baseUID),
 	)
 }
 
