@@ -1,0 +1,76 @@
+-- What the control plane itself does with sandboxes, whoever owns them. Not for requests: those go
+-- through team.sql.
+
+-- name: SandboxByID :one
+SELECT * FROM sandboxes WHERE id = @id;
+
+-- name: FinishCreate :one
+UPDATE sandboxes SET status = 'running', reason = NULL, revision = @revision, started_at = @started_at, last_active_at = @started_at,
+    create_env = NULL, operation_until = NULL, missing_since = NULL, updated_at = now()
+WHERE id = @id AND status = 'creating' AND operation_id = @operation_id AND deleted_at IS NULL
+RETURNING *;
+
+-- name: FailCreate :one
+UPDATE sandboxes SET status = 'error', reason = @reason, create_env = NULL, cleanup_pending = true,
+    operation_until = now(), updated_at = now()
+WHERE id = @id AND status = 'creating' AND operation_id = @operation_id AND deleted_at IS NULL
+RETURNING *;
+
+-- name: FinishCleanup :exec
+UPDATE sandboxes SET cleanup_pending = false, operation_until = NULL, updated_at = now()
+WHERE id = @id AND status = 'error' AND deleted_at IS NULL;
+
+-- name: FinishDelete :one
+UPDATE sandboxes SET deleted_at = now(), operation_until = NULL, cleanup_pending = false, updated_at = now()
+WHERE id = @id AND status = 'deleting' AND deleted_at IS NULL
+RETURNING *;
+
+-- name: TakeWork :many
+-- Operations whose replica has gone away, taken over for the length of a lease. A host that is not
+-- online is left alone: its work waits.
+UPDATE sandboxes SET operation_until = now() + @lease::interval
+WHERE id IN (
+    SELECT s.id FROM sandboxes s JOIN hosts h ON h.id = s.host_id
+    WHERE s.deleted_at IS NULL AND (s.status IN ('creating', 'deleting') OR s.cleanup_pending)
+      AND s.operation_until < now() AND h.status = 'online'
+    ORDER BY s.operation_until LIMIT @max_rows FOR UPDATE OF s SKIP LOCKED)
+RETURNING *;
+
+-- name: ReleaseWork :exec
+-- Puts the next attempt off.
+UPDATE sandboxes SET operation_until = now() + @delay::interval
+WHERE id = @id AND operation_id = @operation_id AND deleted_at IS NULL AND operation_until IS NOT NULL;
+
+-- name: ExtendWork :execrows
+UPDATE sandboxes SET operation_until = now() + @lease::interval
+WHERE id = @id AND operation_id = @operation_id AND deleted_at IS NULL AND operation_until IS NOT NULL;
+
+-- name: SandboxesOfHost :many
+-- The rows that a host should know of: live ones of the host, and any row (also deleted ones, also of
+-- another host) of an id that it reports.
+SELECT * FROM sandboxes WHERE (host_id = @host_id AND deleted_at IS NULL) OR id = ANY(@reported::text[]);
+
+-- name: ApplyReport :execrows
+UPDATE sandboxes SET status = @status, reason = sqlc.narg('reason'), revision = @revision,
+    last_active_at = greatest(last_active_at, sqlc.narg('last_active_at')), missing_since = NULL, updated_at = now()
+WHERE id = @id AND host_id = @host_id AND deleted_at IS NULL AND status = @former_status AND revision < @revision;
+
+-- name: ApplyActivity :exec
+UPDATE sandboxes SET last_active_at = greatest(last_active_at, @last_active_at::timestamptz),
+    reason = CASE WHEN missing_since IS NULL THEN reason END, missing_since = NULL
+WHERE id = @id AND host_id = @host_id AND deleted_at IS NULL
+  AND (missing_since IS NOT NULL OR last_active_at IS NULL OR last_active_at < @last_active_at::timestamptz);
+
+-- name: MarkMissing :execrows
+UPDATE sandboxes SET missing_since = now(), reason = @reason, updated_at = now()
+WHERE id = @id AND host_id = @host_id AND deleted_at IS NULL AND missing_since IS NULL AND status = @former_status AND revision = @revision;
+
+-- name: SandboxesByStatus :many
+SELECT status, count(*) FROM sandboxes WHERE deleted_at IS NULL GROUP BY status;
+
+-- name: MissingCount :one
+SELECT count(*) FROM sandboxes WHERE deleted_at IS NULL AND missing_since IS NOT NULL;
+
+-- name: PurgeDeleted :exec
+-- After a month no host can still have anything of it that it would not have reported.
+DELETE FROM sandboxes WHERE deleted_at < now() - interval '90 days';
