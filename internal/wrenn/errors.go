@@ -23,6 +23,7 @@ const (
 	KindPoolExhausted   Kind = "pool_exhausted"
 	KindNoCapacity      Kind = "no_capacity"
 	KindHostUnavailable Kind = "host_unavailable"
+	KindUnavailable     Kind = "unavailable" // the control plane itself lacks something it needs (database)
 	KindAgentError      Kind = "agent_error"
 	KindDiskFull        Kind = "disk_full"
 	KindNotImplemented  Kind = "not_implemented"
