@@ -67,15 +67,13 @@ func (p *Pool) Close() {
 	}
 }
 
-// Keep forgets the hosts that keep refuses.
-func (p *Pool) Keep(keep func(hostID string) bool) {
+// Forget drops the connections to a host.
+func (p *Pool) Forget(hostID string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for id, h := range p.hosts {
-		if !keep(id) {
-			h.transport.CloseIdleConnections()
-			delete(p.hosts, id)
-		}
+	if h, ok := p.hosts[hostID]; ok {
+		h.transport.CloseIdleConnections()
+		delete(p.hosts, hostID)
 	}
 }
 
