@@ -28,10 +28,11 @@ func (q *Queries) ApplyActivity(ctx context.Context, arg ApplyActivityParams) er
 	return err
 }
 
-const applyReport = `-- name: ApplyReport :execrows
+const applyReport = `-- name: ApplyReport :one
 UPDATE sandboxes SET status = $1, reason = $2, revision = $3,
     last_active_at = greatest(last_active_at, $4), missing_since = NULL, updated_at = now()
 WHERE id = $5 AND host_id = $6 AND deleted_at IS NULL AND status = $7 AND revision < $3
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at
 `
 
 type ApplyReportParams struct {
@@ -44,8 +45,8 @@ type ApplyReportParams struct {
 	FormerStatus string
 }
 
-func (q *Queries) ApplyReport(ctx context.Context, arg ApplyReportParams) (int64, error) {
-	result, err := q.db.Exec(ctx, applyReport,
+func (q *Queries) ApplyReport(ctx context.Context, arg ApplyReportParams) (Sandbox, error) {
+	row := q.db.QueryRow(ctx, applyReport,
 		arg.Status,
 		arg.Reason,
 		arg.Revision,
@@ -54,10 +55,36 @@ func (q *Queries) ApplyReport(ctx context.Context, arg ApplyReportParams) (int64
 		arg.HostID,
 		arg.FormerStatus,
 	)
-	if err != nil {
-		return 0, err
-	}
-	return result.RowsAffected(), nil
+	var i Sandbox
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.HostID,
+		&i.Name,
+		&i.Status,
+		&i.Reason,
+		&i.Template,
+		&i.DefaultUser,
+		&i.VCPUs,
+		&i.MemoryMB,
+		&i.DiskMB,
+		&i.TimeoutSec,
+		&i.OnTimeout,
+		&i.Metadata,
+		&i.CreateEnv,
+		&i.Revision,
+		&i.OperationID,
+		&i.OperationUntil,
+		&i.CleanupPending,
+		&i.MissingSince,
+		&i.CreatedBy,
+		&i.CreatedAt,
+		&i.StartedAt,
+		&i.LastActiveAt,
+		&i.UpdatedAt,
+		&i.DeletedAt,
+	)
+	return i, err
 }
 
 const extendWork = `-- name: ExtendWork :execrows
@@ -81,19 +108,25 @@ func (q *Queries) ExtendWork(ctx context.Context, arg ExtendWorkParams) (int64, 
 
 const failCreate = `-- name: FailCreate :one
 UPDATE sandboxes SET status = 'error', reason = $1, create_env = NULL, cleanup_pending = true,
-    operation_until = now(), updated_at = now()
-WHERE id = $2 AND status = 'creating' AND operation_id = $3 AND deleted_at IS NULL
+    operation_until = now() + $2::interval, updated_at = now()
+WHERE id = $3 AND status = 'creating' AND operation_id = $4 AND deleted_at IS NULL
 RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at
 `
 
 type FailCreateParams struct {
 	Reason      *string
+	Lease       time.Duration
 	ID          string
 	OperationID string
 }
 
 func (q *Queries) FailCreate(ctx context.Context, arg FailCreateParams) (Sandbox, error) {
-	row := q.db.QueryRow(ctx, failCreate, arg.Reason, arg.ID, arg.OperationID)
+	row := q.db.QueryRow(ctx, failCreate,
+		arg.Reason,
+		arg.Lease,
+		arg.ID,
+		arg.OperationID,
+	)
 	var i Sandbox
 	err := row.Scan(
 		&i.ID,

@@ -12,7 +12,7 @@ RETURNING *;
 
 -- name: FailCreate :one
 UPDATE sandboxes SET status = 'error', reason = @reason, create_env = NULL, cleanup_pending = true,
-    operation_until = now(), updated_at = now()
+    operation_until = now() + @lease::interval, updated_at = now()
 WHERE id = @id AND status = 'creating' AND operation_id = @operation_id AND deleted_at IS NULL
 RETURNING *;
 
@@ -50,10 +50,11 @@ WHERE id = @id AND operation_id = @operation_id AND deleted_at IS NULL AND opera
 -- another host) of an id that it reports.
 SELECT * FROM sandboxes WHERE (host_id = @host_id AND deleted_at IS NULL) OR id = ANY(@reported::text[]);
 
--- name: ApplyReport :execrows
+-- name: ApplyReport :one
 UPDATE sandboxes SET status = @status, reason = sqlc.narg('reason'), revision = @revision,
     last_active_at = greatest(last_active_at, sqlc.narg('last_active_at')), missing_since = NULL, updated_at = now()
-WHERE id = @id AND host_id = @host_id AND deleted_at IS NULL AND status = @former_status AND revision < @revision;
+WHERE id = @id AND host_id = @host_id AND deleted_at IS NULL AND status = @former_status AND revision < @revision
+RETURNING *;
 
 -- name: ApplyActivity :exec
 UPDATE sandboxes SET last_active_at = greatest(last_active_at, @last_active_at::timestamptz),

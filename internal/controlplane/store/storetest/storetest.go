@@ -1,6 +1,5 @@
-// Package storetest gives each test a PostgreSQL database and a Redis of its own kind: the servers of
-// TEST_DATABASE_URL and TEST_REDIS_URL, or private ones that it starts for the test binary. Only tests
-// may import it.
+// Package storetest gives each test a PostgreSQL database of its own, copied from a migrated template, and
+// a Redis. The servers are those of stacktest. Only tests may import it.
 package storetest
 
 import (
@@ -12,83 +11,42 @@ import (
 	"log/slog"
 	"net/url"
 	"os"
-	"sync"
 	"testing"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/redis/go-redis/v9"
 
 	"github.com/wrenn-sandbox/wrenn/internal/controlplane/store"
+	"github.com/wrenn-sandbox/wrenn/internal/localstack/stacktest"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
-// Servers are the PostgreSQL and Redis of one test binary.
-type Servers struct {
-	mu       sync.Mutex
-	dir      string
-	stops    []func()
-	postgres string // URL of the maintenance database
-	redis    string
-	template string
-}
-
-// Run is for TestMain: it runs the tests and then stops what they made it start.
-func Run(m *testing.M) int {
-	defer shared.stop()
-	return m.Run()
-}
-
-// shared is per test binary, like the flags of package testing; servers are started when first asked for.
-var shared = &Servers{}
-
-func (s *Servers) stop() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, stop := range s.stops {
-		stop()
-	}
-	if s.dir != "" {
-		_ = os.RemoveAll(s.dir)
-	}
-}
-
-func (s *Servers) tempDir() (string, error) {
-	if s.dir != "" {
-		return s.dir, nil
-	}
-	dir, err := os.MkdirTemp("", "wrenn-test-")
-	if err != nil {
-		return "", err
-	}
-	s.dir = dir
-	return dir, os.Chmod(dir, 0o755) // the servers run as another user
-}
+// Run is for TestMain.
+func Run(m *testing.M) int { return stacktest.Main(m) }
 
 // Database makes a database for t from the migrated template and drops it when t ends. It gives its URL.
 func Database(t testing.TB) string {
 	t.Helper()
-	return copyTemplate(t, shared.templateDatabase(t))
+	return copyTemplate(t, template(t))
 }
 
 // EmptyDatabase is Database without the schema.
 func EmptyDatabase(t testing.TB) string {
 	t.Helper()
-	shared.templateDatabase(t)
 	return copyTemplate(t, "template0")
 }
 
 func copyTemplate(t testing.TB, template string) string {
 	t.Helper()
 	name := "t_" + wrenn.NewID("x")[2:]
-	if err := execSQL(shared.postgres, fmt.Sprintf("CREATE DATABASE %s TEMPLATE %s", name, template)); err != nil {
+	if err := execSQL(maintenance(t), fmt.Sprintf("CREATE DATABASE %s TEMPLATE %s", name, template)); err != nil {
 		t.Fatalf("make a test database: %v", err)
 	}
 	t.Cleanup(func() {
-		if err := execSQL(shared.postgres, fmt.Sprintf("DROP DATABASE IF EXISTS %s WITH (FORCE)", name)); err != nil {
+		if err := execSQL(maintenance(t), fmt.Sprintf("DROP DATABASE IF EXISTS %s WITH (FORCE)", name)); err != nil {
 			t.Logf("drop the test database: %v", err)
 		}
 	})
-	return withDatabase(t, shared.postgres, name)
+	return withDatabase(t, maintenance(t), name)
 }
 
 // Open is Database with a Store on it.
@@ -105,60 +63,33 @@ func Open(t testing.TB) *store.Store {
 // Redis gives the URL of a Redis. Tests share it, so they must use keys that no other uses.
 func Redis(t testing.TB) string {
 	t.Helper()
-	shared.mu.Lock()
-	defer shared.mu.Unlock()
-	if shared.redis != "" {
-		return shared.redis
-	}
-	if u := os.Getenv("TEST_REDIS_URL"); u != "" {
-		shared.redis = u
-		return u
-	}
-	dir, err := shared.tempDir()
-	if err != nil {
-		t.Fatal(err)
-	}
-	u, stop := startRedis(t, dir)
-	shared.redis, shared.stops = u, append(shared.stops, stop)
-	return u
+	return fromEnv(t, "TEST_REDIS_URL")
 }
 
-// RedisClient is a client of Redis.
-func RedisClient(t testing.TB) *redis.Client {
+func maintenance(t testing.TB) string {
 	t.Helper()
-	opt, err := redis.ParseURL(Redis(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := redis.NewClient(opt)
-	t.Cleanup(func() { _ = c.Close() })
-	return c
+	return fromEnv(t, "TEST_DATABASE_URL")
 }
 
-func (s *Servers) templateDatabase(t testing.TB) string {
+func fromEnv(t testing.TB, name string) string {
 	t.Helper()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.template != "" {
-		return s.template
+	v := os.Getenv(name)
+	if v == "" {
+		t.Fatalf("%s is not set: the package needs TestMain with storetest.Run", name)
 	}
-	if s.postgres = os.Getenv("TEST_DATABASE_URL"); s.postgres == "" {
-		dir, err := s.tempDir()
-		if err != nil {
-			t.Fatal(err)
-		}
-		u, stop := startPostgres(t, dir)
-		s.postgres, s.stops = u, append(s.stops, stop)
-	}
-	name, err := makeTemplate(t, s.postgres)
+	return v
+}
+
+// template makes the migrated template, once for all test binaries that share the server.
+func template(t testing.TB) string {
+	t.Helper()
+	name, err := makeTemplate(t, maintenance(t))
 	if err != nil {
 		t.Fatalf("make the template database: %v", err)
 	}
-	s.template = name
 	return name
 }
 
-// makeTemplate makes the migrated template, once for all test binaries that share the server.
 func makeTemplate(t testing.TB, maintenance string) (string, error) {
 	sum, err := migrationsHash()
 	if err != nil {

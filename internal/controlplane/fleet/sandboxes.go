@@ -1,0 +1,326 @@
+package fleet
+
+import (
+	"context"
+	"encoding/json"
+	"strings"
+	"time"
+
+	"github.com/wrenn-sandbox/wrenn/internal/controlplane/store"
+	"github.com/wrenn-sandbox/wrenn/internal/controlplane/store/db"
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
+)
+
+// Spec is what a sandbox shall be.
+type Spec struct {
+	ID         string
+	Template   string
+	Name       *string
+	VCPUs      int32
+	MemoryMB   int32
+	DiskMB     int32 // 0: the template's
+	TimeoutSec int32
+	OnTimeout  wrenn.OnTimeout
+	Env        map[string]string
+	Metadata   map[string]string
+	User       string // "": the template's
+}
+
+// Create makes a sandbox for a team and returns when it runs. The row that reserves its resources is
+// committed before the host is asked, so whatever dies on the way, somebody finishes or clears it. Once
+// the row is there, a caller that goes away changes nothing.
+//
+// If a sandbox of that id is there already (a repeated request), Create waits for what becomes of it.
+func (f *Fleet) Create(ctx context.Context, by Actor, teamID string, spec Spec) (db.GetSandboxRow, error) {
+	f.work.Add(1)
+	defer f.work.Done()
+	ctx = context.WithoutCancel(ctx)
+	if row, err := f.store.Team(teamID).GetSandbox(ctx, spec.ID); err == nil {
+		return f.awaitCreate(ctx, row)
+	} else if !store.IsNotFound(err) {
+		return db.GetSandboxRow{}, err
+	}
+	row, err := f.reserve(ctx, by, teamID, spec)
+	if err != nil {
+		return db.GetSandboxRow{}, err
+	}
+	if err := f.finishCreate(ctx, row); err != nil {
+		return db.GetSandboxRow{}, err
+	}
+	return f.Get(ctx, teamID, row.ID)
+}
+
+// awaitCreate waits until another attempt has brought the sandbox out of `creating`.
+func (f *Fleet) awaitCreate(ctx context.Context, row db.GetSandboxRow) (db.GetSandboxRow, error) {
+	ctx, cancel := context.WithTimeout(ctx, f.times.CreateLimit)
+	defer cancel()
+	for row.Sandbox.Status == string(wrenn.SandboxCreating) {
+		select {
+		case <-ctx.Done():
+			return row, wrenn.Errorf(wrenn.KindConflict, "the sandbox is still being created; ask for it with GET /v1/sandboxes/%s", row.Sandbox.ID)
+		case <-time.After(200 * time.Millisecond):
+		}
+		var err error
+		if row, err = f.Get(ctx, row.Sandbox.TeamID, row.Sandbox.ID); err != nil {
+			return row, err
+		}
+	}
+	if row.Sandbox.Status == string(wrenn.SandboxError) {
+		return row, wrenn.Errorf(wrenn.KindAgentError, "the sandbox could not be created: %s", deref(row.Sandbox.Reason)).With("sandbox_id", row.Sandbox.ID)
+	}
+	return row, nil
+}
+
+// reserve picks a host and writes the row, in one transaction that holds the host's row locked, so that two
+// replicas cannot both take its last room.
+func (f *Fleet) reserve(ctx context.Context, by Actor, teamID string, spec Spec) (db.Sandbox, error) {
+	tpl, err := f.template(ctx, teamID, spec.Template)
+	if err != nil {
+		return db.Sandbox{}, err
+	}
+	p, req, err := f.insertParams(by, spec, tpl)
+	if err != nil {
+		return db.Sandbox{}, err
+	}
+	rows, err := f.store.Team(teamID).PlacementHosts(ctx, spec.Template, nil)
+	if err != nil {
+		return db.Sandbox{}, err
+	}
+	candidates := f.candidates(rows)
+	for {
+		hostID, reason := Place(req, candidates)
+		if hostID == "" {
+			f.stats.PlacementFailures.Add(1)
+			return db.Sandbox{}, wrenn.Errorf(wrenn.KindNoCapacity, "%s", reason)
+		}
+		row, ok, err := f.reserveOn(ctx, teamID, hostID, req, p)
+		if ok || err != nil {
+			return row, err
+		}
+		candidates = without(candidates, hostID) // it has filled up since we looked
+	}
+}
+
+func (f *Fleet) reserveOn(ctx context.Context, teamID, hostID string, req Request, p db.InsertSandboxParams) (row db.Sandbox, ok bool, err error) {
+	err = f.store.Tx(ctx, func(tx store.Tx) error {
+		if _, err := lockHost(ctx, tx, nil, hostID); err != nil {
+			if wrenn.KindOf(err) == wrenn.KindNotFound {
+				return nil // deleted since we looked
+			}
+			return err
+		}
+		now, err := tx.Team(teamID).PlacementHosts(ctx, req.Template, &hostID)
+		if err != nil {
+			return err
+		}
+		if id, _ := Place(req, f.candidates(now)); id == "" {
+			return nil
+		}
+		p.HostID = hostID
+		if row, err = tx.Team(teamID).InsertSandbox(ctx, p); err != nil {
+			return err
+		}
+		ok = true
+		return event(ctx, tx, "sandbox.creating", &teamID, row.ID, map[string]any{"host_id": hostID, "template": row.Template})
+	})
+	return row, ok, err
+}
+
+func (f *Fleet) insertParams(by Actor, spec Spec, tpl db.Template) (db.InsertSandboxParams, Request, error) {
+	disk := spec.DiskMB
+	switch least := int32(tpl.DiskMB); {
+	case disk == 0 && least == 0:
+		disk = defaultDiskMB
+	case disk == 0:
+		disk = least
+	case disk < least:
+		return db.InsertSandboxParams{}, Request{}, invalid("disk_mb", "template %q needs at least %d MB", tpl.Name, least)
+	}
+	user := spec.User
+	if user == "" {
+		user = tpl.DefaultUser
+	}
+	metadata, err := json.Marshal(nonNil(spec.Metadata))
+	if err != nil {
+		return db.InsertSandboxParams{}, Request{}, err
+	}
+	env, err := json.Marshal(nonNil(spec.Env))
+	if err != nil {
+		return db.InsertSandboxParams{}, Request{}, err
+	}
+	p := db.InsertSandboxParams{
+		ID: spec.ID, Name: spec.Name, Template: tpl.Name, DefaultUser: user, VCPUs: spec.VCPUs, MemoryMB: spec.MemoryMB, DiskMB: disk,
+		TimeoutSec: spec.TimeoutSec, OnTimeout: string(spec.OnTimeout), Metadata: metadata, CreateEnv: env,
+		OperationID: wrenn.NewID(wrenn.PrefixOperation), Lease: f.times.Lease, CreatedBy: by.ID,
+	}
+	req := Request{Resources{int64(spec.VCPUs), int64(spec.MemoryMB), int64(disk)}, tpl.Name}
+	return p, req, nil
+}
+
+// defaultDiskMB is for a template whose host did not say how large it is.
+const defaultDiskMB = 2048
+
+func (f *Fleet) template(ctx context.Context, teamID, name string) (db.Template, error) {
+	tpl, err := f.store.Team(teamID).GetTemplate(ctx, name)
+	if !store.IsNotFound(err) {
+		return tpl, err
+	}
+	all, err := f.store.Team(teamID).ListTemplates(ctx)
+	if err != nil {
+		return tpl, err
+	}
+	if len(all) == 0 {
+		return tpl, wrenn.Errorf(wrenn.KindNoCapacity, "no host has reported a template yet; register a host, or wait until its first heartbeat")
+	}
+	names := make([]string, len(all))
+	for i, t := range all {
+		names[i] = t.Name
+	}
+	return tpl, wrenn.Errorf(wrenn.KindInvalidRequest, "template: there is no %q; there are: %s", name, strings.Join(names, ", ")).
+		With("field", "template").With("templates", names)
+}
+
+// candidates turns rows into what Place sees.
+func (f *Fleet) candidates(rows []db.PlacementHostsRow) []Candidate {
+	out := make([]Candidate, 0, len(rows))
+	for _, r := range rows {
+		h := r.Host
+		out = append(out, Candidate{
+			ID: h.ID, Own: h.TeamID != nil, Draining: h.Draining, HasTemplate: r.HasTemplate, Capacity: f.capacity(h),
+			Reserved:  Resources{r.ReservedVCPUs, r.ReservedMemoryMB, r.ReservedDiskMB},
+			Sandboxes: r.ReservedCount, Limit: int64(h.SandboxesLimit),
+			FreeMemoryMB: or(h.FreeMemoryMB, -1), FreeDiskMB: or(h.FreeDiskMB, -1),
+		})
+	}
+	return out
+}
+
+func (f *Fleet) capacity(h db.Host) Resources {
+	c := Resources{
+		VCPUs:    int64(float64(or(h.CPUCores, 0)) * f.policy.CPUOvercommit),
+		MemoryMB: max(0, or(h.MemoryMB, 0)-f.policy.MemoryReserveMB),
+		DiskMB:   or(h.DiskGB, 0) * 1024,
+	}
+	if h.CapacityVCPUs != nil {
+		c.VCPUs = int64(*h.CapacityVCPUs)
+	}
+	if h.CapacityMemoryMB != nil {
+		c.MemoryMB = *h.CapacityMemoryMB
+	}
+	if h.CapacityDiskMB != nil {
+		c.DiskMB = *h.CapacityDiskMB
+	}
+	c.DiskMB = int64(float64(c.DiskMB) * f.policy.DiskOvercommit)
+	return c
+}
+
+// Get gives a sandbox of a team.
+func (f *Fleet) Get(ctx context.Context, teamID, id string) (db.GetSandboxRow, error) {
+	row, err := f.store.Team(teamID).GetSandbox(ctx, id)
+	if store.IsNotFound(err) {
+		return row, notFound("sandbox")
+	}
+	return row, err
+}
+
+// Delete ends a sandbox. It tells whether nothing of it is left; if not, its host cannot be reached, the
+// sandbox stays `deleting`, and a loop finishes that as soon as the host is back.
+func (f *Fleet) Delete(ctx context.Context, by Actor, teamID, id string) (gone bool, err error) {
+	f.work.Add(1)
+	defer f.work.Done()
+	ctx = context.WithoutCancel(ctx)
+	var row db.Sandbox
+	err = f.store.Tx(ctx, func(tx store.Tx) error {
+		row, err = tx.Team(teamID).BeginDelete(ctx, db.BeginDeleteParams{ID: id, OperationID: wrenn.NewID(wrenn.PrefixOperation), Lease: f.times.Lease})
+		if err != nil {
+			return err
+		}
+		if err := audit(ctx, tx, by, &teamID, "sandbox.delete", id, nil); err != nil {
+			return err
+		}
+		return event(ctx, tx, "sandbox.deleting", &teamID, id, nil)
+	})
+	if store.IsNotFound(err) {
+		return f.whyNotDeleted(ctx, teamID, id)
+	} else if err != nil {
+		return false, err
+	}
+	err = f.finishDelete(ctx, row, f.times.RetryFor/2)
+	if wrenn.KindOf(err) == wrenn.KindHostUnavailable {
+		f.log.Warn("delete waits for the host", "sandbox_id", id, "host_id", row.HostID, "error", err)
+		return false, f.store.ReleaseWork(ctx, db.ReleaseWorkParams{ID: id, OperationID: row.OperationID, Delay: f.times.ReconcileEvery})
+	}
+	return err == nil, err
+}
+
+func (f *Fleet) whyNotDeleted(ctx context.Context, teamID, id string) (bool, error) {
+	row, err := f.Get(ctx, teamID, id)
+	if err != nil {
+		return false, err
+	}
+	if row.Sandbox.Status == string(wrenn.SandboxDeleting) {
+		return false, nil // somebody else is at it
+	}
+	return false, wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is %s; wait until that is over and delete it then", row.Sandbox.Status).
+		With("status", row.Sandbox.Status)
+}
+
+// Touch counts as activity of a running sandbox.
+func (f *Fleet) Touch(ctx context.Context, teamID, id string) error {
+	ok, err := f.store.Team(teamID).TouchSandbox(ctx, id)
+	if err != nil || ok {
+		return err
+	}
+	row, err := f.Get(ctx, teamID, id)
+	if err != nil {
+		return err
+	}
+	return notRunning(wrenn.SandboxState(row.Sandbox.Status))
+}
+
+// SetTimeout sets the idle timeout of a sandbox; onTimeout may be nil.
+func (f *Fleet) SetTimeout(ctx context.Context, teamID, id string, timeoutSec int32, onTimeout *string) error {
+	ok, err := f.store.Team(teamID).SetSandboxTimeout(ctx, db.SetSandboxTimeoutParams{ID: id, TimeoutSec: timeoutSec, OnTimeout: onTimeout})
+	if err != nil || ok {
+		return err
+	}
+	if _, err := f.Get(ctx, teamID, id); err != nil {
+		return err
+	}
+	return wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is being deleted")
+}
+
+func notRunning(s wrenn.SandboxState) error {
+	return wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is %s, not running", s).With("status", string(s))
+}
+
+func without(hosts []Candidate, id string) []Candidate {
+	out := make([]Candidate, 0, len(hosts))
+	for _, h := range hosts {
+		if h.ID != id {
+			out = append(out, h)
+		}
+	}
+	return out
+}
+
+func or[T int32 | int64](p *T, otherwise int64) int64 {
+	if p == nil {
+		return otherwise
+	}
+	return int64(*p)
+}
+
+func deref(s *string) string {
+	if s == nil {
+		return ""
+	}
+	return *s
+}
+
+func nonNil(m map[string]string) map[string]string {
+	if m == nil {
+		return map[string]string{}
+	}
+	return m
+}
