@@ -97,7 +97,10 @@ type Config struct {
 	Console    string // serial console output is appended here, at most ConsoleLimit bytes are kept
 	Net        Net
 
-	Restore *SnapshotFiles // set: restore this snapshot; MemoryFile is then a clone of Restore.Memory
+	// Restore is set to restore this snapshot, with the vCPUs, memory and number of disks it was taken of. A
+	// MemoryFile that exists then already holds the snapshot's RAM and is used as it is (resume in place); one
+	// that does not is cloned from Restore.Memory.
+	Restore *SnapshotFiles
 	Frozen  bool           // do not let it run yet
 
 	UID, GID int
@@ -141,6 +144,9 @@ type Handle struct {
 	Dir       string    `json:"dir"`        // Config.Dir
 	Memory    string    `json:"memory"`     // Config.MemoryFile
 	MemoryMB  int       `json:"memory_mb"`
+	VCPUs     int       `json:"vcpus"`
+	Disks     int       `json:"disks"`
+	Console   string    `json:"console"` // Config.Console
 	Cgroup    string    `json:"cgroup"`
 	StartedAt time.Time `json:"started_at"`
 }

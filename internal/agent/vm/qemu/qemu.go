@@ -1,23 +1,38 @@
+//go:build linux
+
 // Package qemu is the vm.Driver for QEMU's microvm machine, with KVM where a probe saw our kernel boot
 // on it, else emulated. It owns the VMM processes: how they are started, confined and spoken to over
 // QMP. It must not know sandboxes, images or the network beyond the paths in a vm.Config.
+//
+// QEMU runs as the VM's own uid and is handed everything as open files: RAM, disks, TAP, sockets. It
+// needs the right to no path, and the VM's directory is closed to it.
 package qemu
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
-	"time"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmproc"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
+// Name of this driver in handles and capabilities.
+const Name = "qemu"
+
 // Options of New.
 type Options struct {
-	// CacheDir is where the vmlinux extracted from a bzImage is kept, readable by every VMM. Empty: the
-	// kernel is given to QEMU as it is, which boots slower.
+	// CacheDir is where the vmlinux extracted from a bzImage is kept. Empty: the kernel is given to QEMU
+	// as it is, and decompresses itself inside the guest, which is slow without KVM.
 	CacheDir string
-	// CgroupParent is the cgroup below the root of each hierarchy that holds all VMs; "wrenn" if empty.
+	// CgroupParent is the cgroup below the root of each hierarchy that holds the VMs of this instance, and
+	// nothing else: Sweep goes by it. "wrenn" if empty.
 	CgroupParent string
 	Log          *slog.Logger
 }
@@ -26,71 +41,218 @@ type Options struct {
 type Driver struct {
 	verdict Verdict
 	opts    Options
+	caps    vm.Capabilities
+
+	mu       sync.Mutex
+	consoles map[string]bool // control sockets of VMs whose console is being read
 }
 
 var _ vm.Driver = (*Driver)(nil)
 
 // New makes a driver for the VMM and acceleration that a probe settled.
 func New(verdict Verdict, opts Options) *Driver {
-	return &Driver{verdict: verdict, opts: opts}
+	if opts.CgroupParent == "" {
+		opts.CgroupParent = "wrenn"
+	}
+	if opts.Log == nil {
+		opts.Log = slog.New(slog.DiscardHandler)
+	}
+	if !verdict.KVM && verdict.TSCkHz == 0 {
+		verdict.TSCkHz = measureTSC()
+	}
+	d := &Driver{verdict: verdict, opts: opts, consoles: map[string]bool{}}
+	d.caps = vm.Capabilities{
+		Driver: Name, Version: verdict.Version, Acceleration: "tcg", CPUModel: "tcg-max",
+		Arch: runtime.GOARCH, MemoryInPlace: true,
+	}
+	if verdict.KVM {
+		d.caps.Acceleration, d.caps.CPUModel = "kvm", hostCPU()
+	}
+	return d
 }
 
-// Verdict is the outcome of a Probe.
-type Verdict struct {
-	KVM       bool      `json:"kvm"`
-	Reason    string    `json:"reason"` // for people: why KVM is or is not used
-	Binary    string    `json:"binary"` // of the VMM, absolute
-	Version   string    `json:"version"`
-	Kernel    string    `json:"kernel"` // the file that was booted
-	ProbedAt  time.Time `json:"probed_at"`
-	FromCache bool      `json:"-"`
-}
-
-// ProbeOptions of Probe.
-type ProbeOptions struct {
-	Binary    string        // qemu-system-<arch> from PATH if empty
-	Kernel    string        // vmlinux or bzImage, the one that sandboxes use
-	Initrd    string        // may be empty
-	CacheFile string        // where the verdict is kept for the same kernel, VMM, CPU and boot of the host; none if empty
-	Timeout   time.Duration // for the boot with KVM; 5 s if 0
-	KVMDevice string        // "/dev/kvm" if empty
-	Log       *slog.Logger
-}
-
-// Probe finds QEMU and tells whether our kernel boots on it with KVM, by booting it. Its error means
-// that there is no usable QEMU at all.
-func Probe(context.Context, ProbeOptions) (Verdict, error) {
-	return Verdict{}, wrenn.Errorf(wrenn.KindInternal, "qemu-system-x86_64 is not installed; install the package qemu-system-x86")
+// hostCPU names the CPU that a snapshot taken with KVM is bound to.
+func hostCPU() string {
+	b, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return "host:unknown"
+	}
+	first, _, _ := strings.Cut(string(b), "\n\n")
+	value := map[string]string{}
+	for line := range strings.Lines(first) {
+		if k, v, ok := strings.Cut(line, ":"); ok {
+			value[strings.TrimSpace(k)] = strings.TrimSpace(v)
+		}
+	}
+	return fmt.Sprintf("host:%s-%s-%s", value["vendor_id"], value["cpu family"], value["model"])
 }
 
 // Capabilities implements vm.Driver.
-func (d *Driver) Capabilities() vm.Capabilities {
-	return vm.Capabilities{Driver: "qemu", Version: d.verdict.Version, MemoryInPlace: true}
-}
+func (d *Driver) Capabilities() vm.Capabilities { return d.caps }
 
-// Start implements vm.Driver.
-func (d *Driver) Start(context.Context, vm.Config) (vm.Handle, error) {
-	return vm.Handle{}, wrenn.Errorf(wrenn.KindInternal, "QEMU did not start")
+func process(h vm.Handle) *vmproc.Process {
+	return &vmproc.Process{PID: h.PID, StartTime: h.StartTime, BootID: h.BootID}
 }
 
 // Inspect implements vm.Driver.
-func (d *Driver) Inspect(context.Context, vm.Handle) (vm.State, error) { return vm.StateGone, nil }
+func (d *Driver) Inspect(ctx context.Context, h vm.Handle) (vm.State, error) {
+	state := vm.StateGone
+	err := d.talk(ctx, h, func(m *monitor) error {
+		status, err := m.status(ctx)
+		if err != nil {
+			return err
+		}
+		state = vm.StateFrozen
+		if status.Running {
+			state = vm.StateRunning
+		}
+		return nil
+	})
+	if wrenn.KindOf(err) == wrenn.KindNotFound {
+		return vm.StateGone, nil
+	}
+	return state, err
+}
 
 // Pause implements vm.Driver.
-func (d *Driver) Pause(context.Context, vm.Handle) error { return gone() }
+func (d *Driver) Pause(ctx context.Context, h vm.Handle) error {
+	return d.talk(ctx, h, func(m *monitor) error { return m.execute(ctx, "stop", nil, nil) })
+}
 
 // Resume implements vm.Driver.
-func (d *Driver) Resume(context.Context, vm.Handle) error { return gone() }
-
-// Snapshot implements vm.Driver.
-func (d *Driver) Snapshot(context.Context, vm.Handle, vm.SnapshotFiles) error { return gone() }
+func (d *Driver) Resume(ctx context.Context, h vm.Handle) error {
+	return d.talk(ctx, h, func(m *monitor) error { return m.execute(ctx, "cont", nil, nil) })
+}
 
 // Wait implements vm.Driver.
-func (d *Driver) Wait(context.Context, vm.Handle) error { return nil }
+func (d *Driver) Wait(ctx context.Context, h vm.Handle) error {
+	d.readConsole(h)
+	if err := process(h).Wait(ctx); err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return wrenn.Wrap(err, wrenn.KindInternal, "cannot wait for the VM")
+	}
+	return nil
+}
 
 // Destroy implements vm.Driver.
-func (d *Driver) Destroy(context.Context, vm.Handle) error { return nil }
+func (d *Driver) Destroy(ctx context.Context, h vm.Handle) error {
+	if err := process(h).Kill(ctx); err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return wrenn.Wrap(err, wrenn.KindInternal, "cannot end the VM")
+	}
+	if err := d.removeCgroup(h.Cgroup, h.PID); err != nil {
+		return wrenn.Wrap(err, wrenn.KindInternal, "cannot clean up after the VM")
+	}
+	return removeSockets(h.Socket)
+}
 
-func gone() error {
-	return wrenn.Errorf(wrenn.KindNotFound, "the VM is gone")
+// removeCgroup leaves a cgroup alone that a later VM of the same name lives in.
+func (d *Driver) removeCgroup(name string, pid int) error {
+	if name == "" {
+		return nil
+	}
+	hierarchy, err := vmproc.FindHierarchy()
+	if err != nil {
+		return err
+	}
+	cgroup := hierarchy.Cgroup(d.opts.CgroupParent, name)
+	pids, err := cgroup.PIDs()
+	if err != nil {
+		return err
+	}
+	for _, p := range pids {
+		if p != pid {
+			return nil
+		}
+	}
+	return cgroup.Remove()
+}
+
+// Sweep ends every VMM of this instance that none of the handles names, and removes its cgroup: what a
+// crash between a Start and the writing of its Handle left over. The agent calls it at its start, before
+// the first Start.
+func (d *Driver) Sweep(ctx context.Context, keep []vm.Handle) error {
+	hierarchy, err := vmproc.FindHierarchy()
+	if err != nil {
+		return wrenn.Wrap(err, wrenn.KindInternal, "cannot look for leftover VMs")
+	}
+	names, err := hierarchy.Children(d.opts.CgroupParent)
+	if err != nil {
+		return wrenn.Wrap(err, wrenn.KindInternal, "cannot look for leftover VMs")
+	}
+	kept := map[string]bool{}
+	for _, h := range keep {
+		alive, err := process(h).Alive()
+		if err != nil {
+			return wrenn.Wrap(err, wrenn.KindInternal, "cannot look for leftover VMs")
+		}
+		if alive {
+			kept[h.Cgroup] = true
+		}
+	}
+	var errs []error
+	for _, name := range names {
+		if kept[name] || ctx.Err() != nil {
+			continue
+		}
+		d.opts.Log.Info("removing a leftover VM", "cgroup", name)
+		errs = append(errs, hierarchy.Cgroup(d.opts.CgroupParent, name).Kill())
+	}
+	if err := errors.Join(append(errs, ctx.Err())...); err != nil {
+		return wrenn.Wrap(err, wrenn.KindInternal, "cannot remove leftover VMs")
+	}
+	return nil
+}
+
+// talk connects to a VM's monitor and turns what goes wrong into the contract's errors.
+func (d *Driver) talk(ctx context.Context, h vm.Handle, fn func(*monitor) error) error {
+	alive, err := process(h).Alive()
+	if err != nil {
+		return wrenn.Wrap(err, wrenn.KindInternal, "cannot look for the VM")
+	}
+	if !alive {
+		return gone(nil)
+	}
+	m, err := connect(ctx, h.Socket)
+	if err == nil {
+		defer m.close()
+		err = fn(m)
+	}
+	if err == nil {
+		return nil
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	var public *wrenn.Error
+	if errors.As(err, &public) {
+		return err
+	}
+	if alive, aliveErr := process(h).Alive(); aliveErr == nil && !alive {
+		return gone(err)
+	}
+	var refused *qmpError
+	if errors.As(err, &refused) {
+		return wrenn.Wrap(err, wrenn.KindInvalidState, "the VM's state does not allow this; delete it and start it again if it persists")
+	}
+	return wrenn.Wrap(err, wrenn.KindInternal, "the hypervisor does not answer; the host may be overloaded")
+}
+
+func gone(cause error) error {
+	return wrenn.Wrap(cause, wrenn.KindNotFound, "the VM is gone")
+}
+
+type runStatus struct {
+	Running bool   `json:"running"`
+	Status  string `json:"status"`
+}
+
+func (m *monitor) status(ctx context.Context) (runStatus, error) {
+	var s runStatus
+	err := m.execute(ctx, "query-status", nil, &s)
+	return s, err
 }

@@ -1,0 +1,290 @@
+//go:build linux
+
+package qemu
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-sandbox/wrenn/internal/agent/netns"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/kernel"
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
+)
+
+// stderrLimit bounds what is kept of QEMU's own messages, some of which a guest can provoke.
+const stderrLimit = 64 << 10
+
+// open opens everything that the VM consists of.
+func (s *starting) open(ctx context.Context) (opened, error) {
+	o := opened{cfg: s.cfg, kvm: s.driver.verdict.KVM, tscKHz: s.driver.verdict.TSCkHz, kernel: -1, initrd: -1, tap: -1, state: -1}
+	var err error
+	if s.stderr, err = boundedFile("qemu-stderr", stderrLimit); err != nil {
+		return o, err
+	}
+	if err := s.openSockets(&o); err != nil {
+		return o, err
+	}
+	if err := s.openMemory(ctx, &o); err != nil {
+		return o, err
+	}
+	if s.cfg.Restore != nil {
+		err = s.openState(&o)
+	} else {
+		err = s.openKernel(ctx, &o)
+	}
+	if err != nil {
+		return o, err
+	}
+	for _, disk := range s.cfg.Disks {
+		f, err := openDisk(disk)
+		if err != nil {
+			return o, err
+		}
+		o.disks = append(o.disks, s.inherit.add(f))
+	}
+	if s.cfg.Net.TAP != "" {
+		f, err := openTAP(s.cfg.Net)
+		if err != nil {
+			return o, err
+		}
+		o.tap = s.inherit.add(f)
+	}
+	return o, nil
+}
+
+func (s *starting) openSockets(o *opened) error {
+	var random [4]byte
+	_, _ = rand.Read(random[:])
+	// Every VM of a directory has sockets of its own name: cleaning up after one spares the next.
+	s.socket = filepath.Join(s.cfg.Dir, "qmp-"+hex.EncodeToString(random[:])+".sock")
+	s.madeSockets = true
+	for path, fd := range map[string]*int{s.socket: &o.monitor, consoleSocket(s.socket): &o.console} {
+		f, err := listen(path)
+		if err != nil {
+			return err
+		}
+		*fd = s.inherit.add(f)
+	}
+	return nil
+}
+
+// consoleSocket is beside the control socket.
+func consoleSocket(control string) string {
+	return filepath.Join(filepath.Dir(control), "console-"+strings.TrimPrefix(filepath.Base(control), "qmp-"))
+}
+
+func removeSockets(control string) error {
+	for _, path := range []string{control, consoleSocket(control)} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return wrenn.Wrap(err, wrenn.KindInternal, "cannot clean up after the VM")
+		}
+	}
+	return nil
+}
+
+// listen makes a unix socket that nobody but root can connect to.
+func listen(path string) (*os.File, error) {
+	address, done, err := shortPath(path)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: address, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	defer ln.Close()
+	ln.SetUnlinkOnClose(false)
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, err
+	}
+	return ln.File()
+}
+
+// maxSocketPath is what fits sun_path.
+const maxSocketPath = 107
+
+// shortPath gives an address for a unix socket of which the path may be too long for one.
+func shortPath(path string) (address string, done func(), err error) {
+	if len(path) <= maxSocketPath {
+		return path, func() {}, nil
+	}
+	dir, err := os.OpenFile(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return "", nil, err
+	}
+	return fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), filepath.Base(path)), func() { dir.Close() }, nil
+}
+
+// openMemory opens the file that is the guest's RAM, and gives it to the VMM's uid: QEMU opens it again
+// by its descriptor, which takes the file's permission but no path.
+func (s *starting) openMemory(ctx context.Context, o *opened) error {
+	path, size := s.cfg.MemoryFile, int64(s.cfg.MemoryMB)<<20
+	flags := os.O_RDWR
+	if s.cfg.Restore == nil {
+		_, err := os.Lstat(path)
+		s.madeMemory = errors.Is(err, fs.ErrNotExist)
+		flags |= os.O_CREATE | os.O_TRUNC
+	} else if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+		if err := storage.CloneFile(ctx, s.cfg.Restore.Memory, path); err != nil {
+			return err
+		}
+		s.madeMemory = true
+	}
+	f, err := os.OpenFile(path, flags, 0o600)
+	if err != nil {
+		return fileError(err, "the memory file")
+	}
+	o.memory = s.inherit.add(f)
+	if s.cfg.Restore == nil {
+		if err := f.Truncate(size); err != nil {
+			return fileError(err, "the memory file")
+		}
+	}
+	fi, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if fi.Size() != size {
+		return wrenn.Errorf(wrenn.KindInvalidRequest, "the snapshot's memory is %d MiB, but the VM has %d MiB", fi.Size()>>20, s.cfg.MemoryMB)
+	}
+	if err := f.Chmod(0o600); err != nil {
+		return err
+	}
+	return f.Chown(s.cfg.UID, s.cfg.GID)
+}
+
+func (s *starting) openKernel(ctx context.Context, o *opened) error {
+	path := s.cfg.Kernel
+	if s.driver.opts.CacheDir != "" {
+		vmlinux, err := kernel.Vmlinux(ctx, path, s.driver.opts.CacheDir)
+		if err != nil {
+			return err
+		}
+		path = vmlinux
+	}
+	f, err := openReadable(path)
+	if err != nil {
+		return fileError(err, "the kernel")
+	}
+	o.kernel = s.inherit.add(f)
+	if s.cfg.Initrd == "" {
+		return nil
+	}
+	if f, err = openReadable(s.cfg.Initrd); err != nil {
+		return fileError(err, "the initramfs")
+	}
+	o.initrd = s.inherit.add(f)
+	return nil
+}
+
+// openReadable opens a file so that any uid may open it again by its descriptor: one that is closed to
+// others is copied into memory.
+func openReadable(path string) (*os.File, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	fi, err := f.Stat()
+	if err != nil || fi.Mode().Perm()&0o004 != 0 {
+		return f, err
+	}
+	defer f.Close()
+	fd, err := unix.MemfdCreate(filepath.Base(path), unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, err
+	}
+	mem := os.NewFile(uintptr(fd), path)
+	if _, err := io.Copy(mem, f); err != nil {
+		mem.Close()
+		return nil, err
+	}
+	return mem, nil
+}
+
+func openDisk(disk vm.Disk) (*os.File, error) {
+	flags := os.O_RDWR
+	if disk.ReadOnly {
+		flags = os.O_RDONLY
+	}
+	f, err := os.OpenFile(disk.Path, flags, 0)
+	return f, fileError(err, "the disk")
+}
+
+// openTAP attaches to the TAP inside its namespace.
+func openTAP(n vm.Net) (*os.File, error) {
+	var f *os.File
+	err := netns.Do(n.NetnsPath, func() error {
+		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+		if err != nil {
+			return err
+		}
+		f = os.NewFile(uintptr(fd), n.TAP)
+		req, err := unix.NewIfreq(n.TAP)
+		if err != nil {
+			return err
+		}
+		req.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+		return unix.IoctlIfreq(fd, unix.TUNSETIFF, req)
+	})
+	if err != nil {
+		if f != nil {
+			f.Close()
+		}
+		return nil, fmt.Errorf("open %s: %w", n.TAP, err)
+	}
+	return f, nil
+}
+
+// boundedFile is a file in memory that cannot grow over its size, whoever writes to it.
+func boundedFile(name string, size int64) (*os.File, error) {
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), name)
+	if err = f.Truncate(size); err == nil {
+		_, err = unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_GROW|unix.F_SEAL_SHRINK|unix.F_SEAL_SEAL)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// lastWords is what was written to a boundedFile.
+func lastWords(f *os.File) string {
+	if f == nil {
+		return ""
+	}
+	b := make([]byte, stderrLimit)
+	n, _ := f.ReadAt(b, 0)
+	return string(bytes.TrimSpace(bytes.TrimRight(b[:n], "\x00")))
+}
+
+func fileError(err error, what string) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT), errors.Is(err, unix.EFBIG):
+		return wrenn.Wrap(err, wrenn.KindDiskFull, "the host's disk is full; delete sandboxes or snapshots, or add disk")
+	case errors.Is(err, fs.ErrNotExist):
+		return wrenn.Wrap(err, wrenn.KindInvalidRequest, "%s of the VM does not exist", what)
+	}
+	return wrenn.Wrap(err, wrenn.KindInternal, "cannot open %s of the VM", what)
+}
