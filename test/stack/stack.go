@@ -239,7 +239,8 @@ func start(dir, path string, args, env []string) (*Process, error) {
 		return nil, err
 	}
 	defer log.Close()
-	p := &Process{cmd: exec.Command(path, args...), ended: make(chan struct{})}
+	// Not bound to a context: the stack ends its processes by itself, in order.
+	p := &Process{cmd: exec.CommandContext(context.Background(), path, args...), ended: make(chan struct{})}
 	p.cmd.Env = env
 	p.cmd.Stdout, p.cmd.Stderr = log, log
 	if err := p.cmd.Start(); err != nil {
@@ -328,7 +329,7 @@ func get(ctx context.Context, url string) error {
 }
 
 func freePort() (int, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		return 0, err
 	}
