@@ -103,6 +103,7 @@ func (s *Sandboxes) greet(ctx context.Context, sb *sandbox) error {
 	rec := sb.snapshot()
 	id := guest.Identity{
 		Token: rec.NextToken, Hostname: rec.Hostname, MachineID: rec.MachineID, Env: rec.Env, DefaultUser: rec.User,
+		DiskBytes: int64(rec.DiskMB) << 20,
 	}
 	if s.egress != network.EgressNone {
 		id.Nameservers = []string{network.GatewayIP}

@@ -39,6 +39,7 @@ type initBody struct {
 	MachineID   string   `json:"machineId"`
 	Entropy     string   `json:"entropy"` // base64
 	Nameservers []string `json:"nameservers"`
+	DiskBytes   int64    `json:"diskBytes"` // of the root disk, which may have grown
 }
 
 var (
@@ -54,7 +55,7 @@ func parseInit(raw []byte) (initBody, boot.Identity, error) {
 			return b, boot.Identity{}, fmt.Errorf("the body is not the JSON that is expected: %w", err)
 		}
 	}
-	id := boot.Identity{Hostname: b.Hostname, MachineID: b.MachineID}
+	id := boot.Identity{Hostname: b.Hostname, MachineID: b.MachineID, DiskBytes: b.DiskBytes}
 	if b.Timestamp != nil {
 		id.Time = *b.Timestamp
 	}

@@ -63,6 +63,7 @@ type Identity struct {
 	Env         map[string]string
 	DefaultUser string
 	Nameservers []string
+	DiskBytes   int64 // size of its disk, to which it grows its file system
 }
 
 type initBody struct {
@@ -74,6 +75,7 @@ type initBody struct {
 	EnvVars     map[string]string `json:"envVars,omitempty"`
 	DefaultUser string            `json:"defaultUser,omitempty"`
 	Nameservers []string          `json:"nameservers,omitempty"`
+	DiskBytes   int64             `json:"diskBytes,omitempty"`
 }
 
 // Init gives the guest its identity, 64 bytes of fresh entropy and the host's clock. currentToken is
@@ -84,7 +86,7 @@ func (c *Client) Init(ctx context.Context, currentToken string, id Identity) err
 	body, err := json.Marshal(initBody{
 		AccessToken: id.Token, Timestamp: time.Now().UTC(), Hostname: id.Hostname, MachineID: id.MachineID,
 		Entropy: base64.StdEncoding.EncodeToString(entropy), EnvVars: id.Env, DefaultUser: id.DefaultUser,
-		Nameservers: id.Nameservers,
+		Nameservers: id.Nameservers, DiskBytes: id.DiskBytes,
 	})
 	if err != nil {
 		return err

@@ -47,7 +47,7 @@ func system(cmdline map[string]string, started time.Time, console io.Writer) err
 	}
 	complain("mounts", mountAll(lateMounts()))
 	complain("root file system", unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_RELATIME, ""))
-	complain("grow the root file system", growRoot(cmdline["root"]))
+	complain("grow the root file system", growRoot(cmdline["root"], 0))
 	complain("device links", linkDevices())
 	complain("host name", restoreHostname())
 	complain("network", configureNetwork(cmdline))

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -15,14 +16,19 @@ import (
 // file system to so many blocks.
 const resizeFS = 0x40086610
 
-// growRoot grows the root file system to the size of its device, if the device is larger.
-func growRoot(device string) error {
+// growTimeout bounds how long the kernel may take to notice that a device has grown.
+const growTimeout = 5 * time.Second
+
+// growRoot grows the root file system to the size of its device, if the device is larger. atLeast is
+// the size in bytes that the device will have as soon as the kernel has handled its change, 0 if it
+// does not change.
+func growRoot(device string, atLeast int64) error {
 	f, err := os.Open(device)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	size, err := f.Seek(0, io.SeekEnd)
+	size, err := awaitSize(f, atLeast)
 	if err != nil {
 		return err
 	}
@@ -47,6 +53,19 @@ func growRoot(device string) error {
 		return fmt.Errorf("from %d to %d blocks of %d bytes: %w", have, want, blockSize, errno)
 	}
 	return nil
+}
+
+// awaitSize gives the device's size once it is at least so large. The kernel tells nobody but its log.
+func awaitSize(f *os.File, atLeast int64) (int64, error) {
+	for deadline := time.Now().Add(growTimeout); ; time.Sleep(2 * time.Millisecond) {
+		size, err := f.Seek(0, io.SeekEnd)
+		if err != nil || size >= atLeast {
+			return size, err
+		}
+		if time.Now().After(deadline) {
+			return size, fmt.Errorf("the device has %d bytes, not the %d that were promised", size, atLeast)
+		}
+	}
 }
 
 // parseSuperblock reads the number and the size of blocks from an ext4 superblock (kernel document

@@ -21,6 +21,7 @@ type Identity struct {
 	Entropy     []byte
 	Time        time.Time
 	Nameservers []netip.Addr
+	DiskBytes   int64 // the size of the root disk; its file system is grown to it
 }
 
 // Assume makes the guest that one. It goes on after a failure and returns all of them.
@@ -47,6 +48,9 @@ func Assume(id Identity) error {
 	}
 	if len(id.Nameservers) > 0 {
 		try("resolvers", setResolvers(id.Nameservers))
+	}
+	if id.DiskBytes > 0 {
+		try("grow the root file system", growRoot("/dev/vda", id.DiskBytes))
 	}
 	return failed
 }

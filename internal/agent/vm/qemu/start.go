@@ -170,10 +170,32 @@ func (s *starting) ready(ctx context.Context, o opened) error {
 			return err
 		}
 	}
+	if err := s.growDisks(ctx, m); err != nil {
+		return err
+	}
 	if s.cfg.Frozen {
 		return nil
 	}
 	return m.execute(ctx, "cont", nil, nil)
+}
+
+// growDisks makes the images larger as asked. QEMU tells a guest that knew the smaller size by a
+// configuration change of the device (VIRTIO 1.2, section 5.2.4).
+func (s *starting) growDisks(ctx context.Context, m *monitor) error {
+	for i, disk := range s.cfg.Disks {
+		info, err := os.Stat(disk.Path)
+		if err != nil {
+			return err
+		}
+		if disk.GrowTo <= info.Size() {
+			continue
+		}
+		args := map[string]any{"node-name": fmt.Sprintf("disk%d", i), "size": disk.GrowTo}
+		if err := m.execute(ctx, "block_resize", args, nil); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // public turns a failed start into what may be shown; QEMU's own words are part of the cause.
