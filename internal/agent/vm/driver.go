@@ -101,7 +101,7 @@ type Config struct {
 	// MemoryFile that exists then already holds the snapshot's RAM and is used as it is (resume in place); one
 	// that does not is cloned from Restore.Memory.
 	Restore *SnapshotFiles
-	Frozen  bool           // do not let it run yet
+	Frozen  bool // do not let it run yet
 
 	UID, GID int
 	Cgroup   string // name of the cgroup below the agent's own, with limits from VCPUs and MemoryMB
