@@ -160,6 +160,7 @@ type daemon struct {
 	Log   string
 	As    *account // nil means the caller's own user
 	Bind  bool     // show Dir at bindTarget, see account.canReach
+	ByFD  bool     // run the file by an open descriptor: As need not be able to walk to it
 	Tied  bool     // die when the calling process dies
 }
 
@@ -173,6 +174,15 @@ func (d daemon) start() (process, <-chan struct{}, error) {
 	defer log.Close()
 	cmd := d.command(context.Background()) // a daemon outlives its starter's context
 	cmd.Stdout, cmd.Stderr = log, log
+	if d.ByFD {
+		program, err := os.Open(d.Path)
+		if err != nil {
+			return process{}, nil, err
+		}
+		defer program.Close()
+		// The child sees the first extra file as descriptor 3, and may read its own /proc entry.
+		cmd.Path, cmd.ExtraFiles = "/proc/self/fd/3", []*os.File{program}
+	}
 	if d.Stdin != nil {
 		cmd.Stdin = d.Stdin
 	}
