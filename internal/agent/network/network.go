@@ -13,7 +13,6 @@ package network
 
 import (
 	"log/slog"
-	"net/netip"
 	"regexp"
 
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
@@ -54,7 +53,9 @@ type Options struct {
 	// ResolvConf names the file with the resolvers that guests' questions go to; /etc/resolv.conf if empty.
 	ResolvConf string
 
-	hostNetns string // namespace that takes the part of the host; the process's own if empty (tests)
+	// Tests give another namespace the part of the host, and other resolvers.
+	hostNetns string
+	resolvers func() []string
 }
 
 var instanceName = regexp.MustCompile(`^[a-z0-9]{1,8}$`)
@@ -82,19 +83,11 @@ func (o Options) normal() (Options, error) {
 	if o.ResolvConf == "" {
 		o.ResolvConf = "/etc/resolv.conf"
 	}
+	if o.resolvers == nil {
+		o.resolvers = resolversOf(o.ResolvConf)
+	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
 	return o, nil
-}
-
-// Slot is a namespace with a TAP, held by one VM.
-type Slot struct {
-	Index     int
-	NetnsPath string // e.g. /run/netns/wrenn-x-3
-	TAP       string
-	UID       int // the VMM's, owner of the TAP
-
-	uplink netip.Prefix // of the veth pair, invalid without egress
-	dns    *forwarder
 }
