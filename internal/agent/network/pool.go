@@ -19,14 +19,16 @@ import (
 //	found ──Adopt──► held ──Release──► leaving ──► (free)
 //	  └────Sweep───────────────────────► ▲
 //	(free) ──► making ──► warm ──Acquire──► held
+//	(free) ──Acquire──► acquiring ────────► held
 type use int
 
 const (
-	found   use = iota // on the host since before Open, of a VM that may still run
-	making             // being made
-	warm               // ready, held by nobody
-	held               // acquired or adopted
-	leaving            // being removed
+	found     use = iota // on the host since before Open, of a VM that may still run
+	making               // being made, to be warm
+	acquiring            // being made, for somebody who waits
+	warm                 // ready, held by nobody
+	held                 // acquired or adopted
+	leaving              // being removed
 )
 
 const (
@@ -111,17 +113,18 @@ func (p *Pool) fill(ctx context.Context) {
 func (p *Pool) reserveWarm() (int, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed || p.count(warm)+p.count(making) >= p.opts.Warm || p.count(held)+p.count(warm)+p.count(making) >= p.opts.Slots {
+	idle, busy := p.count(warm)+p.count(making), p.count(held)+p.count(acquiring)
+	if p.closed || idle >= p.opts.Warm || idle+busy >= p.opts.Slots {
 		return 0, false
 	}
-	return p.reserve()
+	return p.reserve(making)
 }
 
 // reserve takes the lowest free index.
-func (p *Pool) reserve() (int, bool) {
+func (p *Pool) reserve(as use) (int, bool) {
 	for i := range maxSlots {
 		if _, taken := p.uses[i]; !taken {
-			p.uses[i] = making
+			p.uses[i] = as
 			return i, true
 		}
 	}
@@ -191,8 +194,8 @@ func (p *Pool) take() (*Slot, int, error) {
 		p.uses[s.Index] = held
 		return s, 0, nil
 	}
-	if p.count(held)+p.count(making) < p.opts.Slots {
-		if index, ok := p.reserve(); ok {
+	if p.count(held)+p.count(acquiring) < p.opts.Slots {
+		if index, ok := p.reserve(acquiring); ok {
 			return nil, index, nil
 		}
 	}
