@@ -21,6 +21,9 @@ func (s *Sandboxes) adopt(ctx context.Context, cfg Config) error {
 			return err
 		}
 	}
+	if err := os.MkdirAll(s.snapshots, 0o711); err != nil {
+		return err
+	}
 	s.revision = uint64(time.Now().UnixMicro())
 	entries, err := os.ReadDir(filepath.Join(s.dir, sandboxesDir))
 	if err != nil {
@@ -78,7 +81,10 @@ func (s *Sandboxes) adoptOne(ctx context.Context, dir string) error {
 // adoptChanging settles a pause or resume that was cut off. A manifest says that the machine is whole at
 // rest and its VM, if any, has not gone on; without one the VM is the truth.
 func (s *Sandboxes) adoptChanging(ctx context.Context, sb *sandbox) error {
-	if _, err := sb.machine().load(); err == nil {
+	if err := s.finishSwap(sb); err != nil {
+		return err
+	}
+	if sb.machine().atRest() {
 		if err := s.teardown(ctx, sb); err != nil {
 			return err
 		}

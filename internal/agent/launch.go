@@ -52,7 +52,7 @@ func (s *Sandboxes) keepMemory(ctx context.Context, sb *sandbox, handle vm.Handl
 	if err := s.driver.Pause(ctx, handle); err != nil {
 		return err
 	}
-	return sb.machine().rest(ctx, s.driver, handle, rec.VCPUs)
+	return sb.machine().rest(ctx, s.driver, handle, rec.VCPUs, rec.AccessToken)
 }
 
 // startVM starts the VM frozen. The slot is on record first, so a VM that dies unrecorded is found by
@@ -69,7 +69,8 @@ func (s *Sandboxes) startVM(ctx context.Context, sb *sandbox, slot *network.Slot
 	cfg.Frozen = true
 	switch man, err := m.load(); {
 	case errors.Is(err, os.ErrNotExist):
-		if err := m.dropMemory(); err != nil {
+		// A guest that boots knows no token.
+		if err := errors.Join(m.dropMemory(), sb.update(func(r *record) { r.AccessToken, r.NextToken, r.Cold = "", "", true })); err != nil {
 			return vm.Handle{}, err
 		}
 	case err != nil:
@@ -79,6 +80,9 @@ func (s *Sandboxes) startVM(ctx context.Context, sb *sandbox, slot *network.Slot
 			return vm.Handle{}, err
 		}
 		cfg.Restore = &vm.SnapshotFiles{State: m.state(), Memory: m.memory()}
+		if err := sb.update(func(r *record) { r.AccessToken = man.Token }); err != nil {
+			return vm.Handle{}, err
+		}
 	}
 	cfg.Disks[0].GrowTo = int64(rec.DiskMB) << 20
 	handle, err := s.driver.Start(ctx, cfg)

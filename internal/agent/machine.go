@@ -20,6 +20,9 @@ import (
 // manifest is written last and removed first, so files without it are never taken for a moment.
 type machine string
 
+// machineDir is the machine of a sandbox, or of a moment of one, in its directory.
+const machineDir = "machine"
+
 // Names in a machine's directory.
 const (
 	diskFile     = "disk.ext4"
@@ -51,10 +54,13 @@ type manifest struct {
 	DiskBytes  int64     `json:"disk_bytes"`
 	StateBytes int64     `json:"state_bytes"`
 	SavedAt    time.Time `json:"saved_at"`
+	// Token is the access token that the guest agent in the saved memory knows; empty for a template.
+	Token string `json:"token,omitempty"`
 }
 
-// rest freezes nothing: it takes a frozen VM's moment into m, whose disk and memory the VM uses.
-func (m machine) rest(ctx context.Context, driver vm.Driver, handle vm.Handle, vcpus int) error {
+// rest takes a frozen VM's moment into m. The VM's disk must be in m already, in use or as a clone; its
+// memory is too, or is cloned. token is what the guest agent knows.
+func (m machine) rest(ctx context.Context, driver vm.Driver, handle vm.Handle, vcpus int, token string) error {
 	if err := driver.Snapshot(ctx, handle, vm.SnapshotFiles{State: m.state(), Memory: m.memory()}); err != nil {
 		return err
 	}
@@ -70,7 +76,7 @@ func (m machine) rest(ctx context.Context, driver vm.Driver, handle vm.Handle, v
 	raw, err := json.MarshalIndent(manifest{
 		Version: manifestVersion, Driver: caps.Driver, VMMVersion: caps.Version, Accel: caps.Acceleration, Arch: caps.Arch,
 		CPUModel: caps.CPUModel, VCPUs: vcpus, MemoryMB: handle.MemoryMB, DiskBytes: disk.Size(), StateBytes: state.Size(),
-		SavedAt: time.Now().UTC(),
+		SavedAt: time.Now().UTC(), Token: token,
 	}, "", "  ")
 	if err != nil {
 		return err
@@ -124,12 +130,21 @@ func (m machine) wake() error {
 	return syncDir(m.dir())
 }
 
-// cloneFrom makes m a clone of the machine at rest src.
+// atRest tells whether m is a saved moment with memory.
+func (m machine) atRest() bool {
+	_, err := m.load()
+	return err == nil
+}
+
+// cloneFrom makes m a clone of src, which is at rest or has only a disk.
 func (m machine) cloneFrom(ctx context.Context, store *storage.Store, src machine) error {
 	if err := os.Mkdir(m.dir(), 0o711); err != nil {
 		return err
 	}
-	for _, f := range []struct{ from, to string }{{src.disk(), m.disk()}, {src.memory(), m.memory()}, {src.state(), m.state()}, {src.manifest(), m.manifest()}} {
+	if err := store.Clone(ctx, src.disk(), m.disk()); err != nil || !src.atRest() {
+		return err
+	}
+	for _, f := range []struct{ from, to string }{{src.memory(), m.memory()}, {src.state(), m.state()}, {src.manifest(), m.manifest()}} {
 		if err := store.Clone(ctx, f.from, f.to); err != nil {
 			return err
 		}
@@ -140,9 +155,22 @@ func (m machine) cloneFrom(ctx context.Context, store *storage.Store, src machin
 // sync makes all of a machine at rest survive a power cut.
 func (m machine) sync() error {
 	for _, path := range []string{m.disk(), m.memory(), m.state(), m.manifest(), m.dir()} {
-		if err := syncDir(path); err != nil { // fsync(2) is the same for files and directories
+		// fsync(2) is the same for files and directories.
+		if err := syncDir(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
 	}
 	return nil
+}
+
+// usage is what m takes alone and what removing it would free, in bytes.
+func (m machine) usage() (size, own int64, err error) {
+	for _, path := range []string{m.disk(), m.memory(), m.state()} {
+		s, o, err := storage.Usage(path)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return 0, 0, err
+		}
+		size, own = size+s, own+o
+	}
+	return size, own, nil
 }

@@ -101,25 +101,20 @@ func (s *Sandboxes) settlePause(ctx context.Context, sb *sandbox) error {
 	if err := s.teardown(ctx, sb); err != nil {
 		return err
 	}
-	_, missing := sb.machine().load()
-	return s.transition(sb, func(r *record) { r.toPaused(missing == nil) })
+	return s.transition(sb, func(r *record) { r.toPaused(sb.machine().atRest()) })
 }
 
 // saveMemory brings the machine to rest: frozen, its device state and manifest beside its memory and disk.
 func (s *Sandboxes) saveMemory(ctx context.Context, sb *sandbox, u *undo.Stack) error {
 	client, token, rec := sb.guestAndRecord()
-	freeze, cancel := context.WithTimeout(ctx, guestFreezeTimeout)
-	defer cancel()
-	if err := client.Freeze(freeze, token); err != nil {
-		s.log.Warn("a guest did not stop its processes before a pause", "sandbox", sb.id, "err", err)
-	}
+	s.freezeGuest(ctx, sb)
 	undoing := context.WithoutCancel(ctx)
-	u.Push(func() error { return client.Thaw(undoing, token) })
+	u.Push(func() error { return client.Catchup(undoing, token) })
 	if err := s.driver.Pause(ctx, *rec.VM); err != nil {
 		return err
 	}
 	u.Push(func() error { return errors.Join(sb.machine().wake(), s.driver.Resume(undoing, *rec.VM)) })
-	return sb.machine().rest(ctx, s.driver, *rec.VM, rec.VCPUs)
+	return sb.machine().rest(ctx, s.driver, *rec.VM, rec.VCPUs, rec.AccessToken)
 }
 
 // saveDisk flushes and freezes the guest's file system, so that the disk alone can be booted again.
@@ -161,10 +156,8 @@ func (s *Sandboxes) Resume(ctx context.Context, id, opID string) (*agentv1.Sandb
 
 func (s *Sandboxes) resume(ctx context.Context, sb *sandbox, opID string) (err error) {
 	defer func() { err = diskFull(err) }()
-	if !sb.snapshot().HasMemory {
-		if err := s.store.NeedSpace(int64(sb.snapshot().MemoryMB) << 20); err != nil {
-			return err
-		}
+	if err := s.needSpace(sb.snapshot().MemoryMB); err != nil {
+		return err
 	}
 	if err := s.transition(sb, func(r *record) { r.State, r.OperationID = wrenn.SandboxResuming, opID }); err != nil {
 		return err
@@ -172,15 +165,8 @@ func (s *Sandboxes) resume(ctx context.Context, sb *sandbox, opID string) (err e
 	var u undo.Stack
 	defer u.Run(&err)
 	u.Push(func() error {
-		_, missing := sb.machine().load()
-		return s.transition(sb, func(r *record) { r.toPaused(missing == nil) })
+		return s.transition(sb, func(r *record) { r.toPaused(sb.machine().atRest()) })
 	})
-	if !sb.snapshot().HasMemory {
-		// A guest that boots has forgotten its token.
-		if err := sb.update(func(r *record) { r.AccessToken, r.NextToken, r.Cold = "", "", true }); err != nil {
-			return err
-		}
-	}
 	if err := s.launch(ctx, sb, &u); err != nil {
 		return err
 	}

@@ -31,6 +31,7 @@ type record struct {
 	VCPUs          int               `json:"vcpus"`
 	MemoryMB       int               `json:"memory_mb"`
 	DiskMB         int               `json:"disk_mb"`
+	Parent         string            `json:"parent,omitempty"` // the checkpoint that the state descends from
 	Env            map[string]string `json:"env,omitempty"`
 	User           string            `json:"user"`
 	Hostname       string            `json:"hostname"`

@@ -26,50 +26,76 @@ func (s *Sandboxes) handler() http.Handler {
 	return mux
 }
 
-func (r rpcServer) CreateSandbox(ctx context.Context, req *connect.Request[agentv1.CreateSandboxRequest]) (*connect.Response[agentv1.CreateSandboxResponse], error) {
-	sb, err := r.sandboxes.Create(ctx, req.Msg)
+// answer wraps a result, and logs a failure with its private cause.
+func answer[T any](r rpcServer, what, id string, res *T, err error) (*connect.Response[T], error) {
 	if err != nil {
-		r.sandboxes.log.Error("create failed", "sandbox", req.Msg.Id, "err", err)
+		r.sandboxes.log.Error(what+" failed", "id", id, "err", err)
 		return nil, err
 	}
-	return connect.NewResponse(&agentv1.CreateSandboxResponse{Sandbox: sb}), nil
+	return connect.NewResponse(res), nil
+}
+
+func (r rpcServer) CheckpointSandbox(ctx context.Context, req *connect.Request[agentv1.CheckpointSandboxRequest]) (*connect.Response[agentv1.CheckpointSandboxResponse], error) {
+	c, err := r.sandboxes.Checkpoint(ctx, req.Msg.Id, req.Msg.OperationId, req.Msg.CheckpointId)
+	return answer(r, "checkpoint", req.Msg.Id, &agentv1.CheckpointSandboxResponse{Checkpoint: c}, err)
+}
+
+func (r rpcServer) ListCheckpoints(_ context.Context, req *connect.Request[agentv1.ListCheckpointsRequest]) (*connect.Response[agentv1.ListCheckpointsResponse], error) {
+	list, err := r.sandboxes.Checkpoints(req.Msg.Id)
+	return answer(r, "list checkpoints", req.Msg.Id, &agentv1.ListCheckpointsResponse{Checkpoints: list}, err)
+}
+
+func (r rpcServer) DeleteCheckpoint(ctx context.Context, req *connect.Request[agentv1.DeleteCheckpointRequest]) (*connect.Response[agentv1.DeleteCheckpointResponse], error) {
+	err := r.sandboxes.DeleteCheckpoint(ctx, req.Msg.Id, req.Msg.OperationId, req.Msg.CheckpointId)
+	return answer(r, "delete checkpoint", req.Msg.Id, &agentv1.DeleteCheckpointResponse{}, err)
+}
+
+func (r rpcServer) RollbackSandbox(ctx context.Context, req *connect.Request[agentv1.RollbackSandboxRequest]) (*connect.Response[agentv1.RollbackSandboxResponse], error) {
+	sb, err := r.sandboxes.Rollback(ctx, req.Msg)
+	return answer(r, "rollback", req.Msg.Id, &agentv1.RollbackSandboxResponse{Sandbox: sb}, err)
+}
+
+func (r rpcServer) ForkSandbox(ctx context.Context, req *connect.Request[agentv1.ForkSandboxRequest]) (*connect.Response[agentv1.ForkSandboxResponse], error) {
+	results, err := r.sandboxes.Fork(ctx, req.Msg)
+	return answer(r, "fork", req.Msg.Id, &agentv1.ForkSandboxResponse{Results: results}, err)
+}
+
+func (r rpcServer) SaveSnapshot(ctx context.Context, req *connect.Request[agentv1.SaveSnapshotRequest]) (*connect.Response[agentv1.SaveSnapshotResponse], error) {
+	c, err := r.sandboxes.SaveSnapshot(ctx, req.Msg.Id, req.Msg.OperationId, req.Msg.SnapshotId)
+	return answer(r, "save snapshot", req.Msg.Id, &agentv1.SaveSnapshotResponse{Snapshot: c}, err)
+}
+
+func (r rpcServer) DeleteSnapshot(_ context.Context, req *connect.Request[agentv1.DeleteSnapshotRequest]) (*connect.Response[agentv1.DeleteSnapshotResponse], error) {
+	err := r.sandboxes.DeleteSnapshot(req.Msg.SnapshotId)
+	return answer(r, "delete snapshot", req.Msg.SnapshotId, &agentv1.DeleteSnapshotResponse{}, err)
+}
+
+func (r rpcServer) CreateSandbox(ctx context.Context, req *connect.Request[agentv1.CreateSandboxRequest]) (*connect.Response[agentv1.CreateSandboxResponse], error) {
+	sb, err := r.sandboxes.Create(ctx, req.Msg)
+	return answer(r, "create", req.Msg.Id, &agentv1.CreateSandboxResponse{Sandbox: sb}, err)
 }
 
 func (r rpcServer) DeleteSandbox(ctx context.Context, req *connect.Request[agentv1.DeleteSandboxRequest]) (*connect.Response[agentv1.DeleteSandboxResponse], error) {
-	if err := r.sandboxes.Delete(ctx, req.Msg.Id, req.Msg.OperationId); err != nil {
-		r.sandboxes.log.Error("delete failed", "sandbox", req.Msg.Id, "err", err)
-		return nil, err
-	}
-	return connect.NewResponse(&agentv1.DeleteSandboxResponse{}), nil
+	err := r.sandboxes.Delete(ctx, req.Msg.Id, req.Msg.OperationId)
+	return answer(r, "delete", req.Msg.Id, &agentv1.DeleteSandboxResponse{}, err)
 }
 
 func (r rpcServer) PauseSandbox(ctx context.Context, req *connect.Request[agentv1.PauseSandboxRequest]) (*connect.Response[agentv1.PauseSandboxResponse], error) {
 	sb, err := r.sandboxes.Pause(ctx, req.Msg)
-	if err != nil {
-		r.sandboxes.log.Error("pause failed", "sandbox", req.Msg.Id, "err", err)
-		return nil, err
-	}
-	return connect.NewResponse(&agentv1.PauseSandboxResponse{Sandbox: sb}), nil
+	return answer(r, "pause", req.Msg.Id, &agentv1.PauseSandboxResponse{Sandbox: sb}, err)
 }
 
 func (r rpcServer) ResumeSandbox(ctx context.Context, req *connect.Request[agentv1.ResumeSandboxRequest]) (*connect.Response[agentv1.ResumeSandboxResponse], error) {
 	sb, err := r.sandboxes.Resume(ctx, req.Msg.Id, req.Msg.OperationId)
-	if err != nil {
-		r.sandboxes.log.Error("resume failed", "sandbox", req.Msg.Id, "err", err)
-		return nil, err
-	}
-	return connect.NewResponse(&agentv1.ResumeSandboxResponse{Sandbox: sb}), nil
+	return answer(r, "resume", req.Msg.Id, &agentv1.ResumeSandboxResponse{Sandbox: sb}, err)
 }
 
 func (r rpcServer) GetSandbox(_ context.Context, req *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error) {
 	sb, err := r.sandboxes.Get(req.Msg.Id)
-	if err != nil {
-		return nil, err
-	}
-	return connect.NewResponse(&agentv1.GetSandboxResponse{Sandbox: sb}), nil
+	return answer(r, "get", req.Msg.Id, &agentv1.GetSandboxResponse{Sandbox: sb}, err)
 }
 
-func (r rpcServer) ListSandboxes(context.Context, *connect.Request[agentv1.ListSandboxesRequest]) (*connect.Response[agentv1.ListSandboxesResponse], error) {
+func (r rpcServer) ListSandboxes(_ context.Context, _ *connect.Request[agentv1.ListSandboxesRequest]) (*connect.Response[agentv1.ListSandboxesResponse], error) {
 	list, revision := r.sandboxes.List()
 	return connect.NewResponse(&agentv1.ListSandboxesResponse{Sandboxes: list, StateRevision: revision}), nil
 }

@@ -108,7 +108,7 @@ func (sb *sandbox) snapshot() record {
 }
 
 // machine is the sandbox's virtual machine, running or at rest.
-func (sb *sandbox) machine() machine { return machine(filepath.Join(sb.dir, "machine")) }
+func (sb *sandbox) machine() machine { return machine(filepath.Join(sb.dir, machineDir)) }
 
 // console is the log of its serial console.
 func (sb *sandbox) console() string { return filepath.Join(sb.dir, consoleLog) }

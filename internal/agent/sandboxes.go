@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -40,6 +41,8 @@ type Sandboxes struct {
 	egress string
 	dir    string
 	log    *slog.Logger
+
+	snapshots string // where SaveSnapshot puts moments; on the file system of dir
 
 	templates templates
 
@@ -103,6 +106,21 @@ func (s *Sandboxes) transition(sb *sandbox, change func(*record)) error {
 	return err
 }
 
+// needSpace refuses new work when the disk could not take it: a clone's memory is written to disk as the
+// guest changes it, and a page that finds no room would cost its VM its life. So the whole memory of
+// every running sandbox counts as taken.
+func (s *Sandboxes) needSpace(memoryMB int) error {
+	s.mu.Lock()
+	total := memoryMB
+	for _, sb := range s.byID {
+		if rec := sb.snapshot(); rec.State == wrenn.SandboxRunning {
+			total += rec.MemoryMB
+		}
+	}
+	s.mu.Unlock()
+	return s.store.NeedSpace(int64(total) << 20)
+}
+
 // Create makes a sandbox and returns when its guest agent is ready. Repeating a create, also while it
 // is in progress, gives the first one's result; a failed create leaves nothing.
 func (s *Sandboxes) Create(ctx context.Context, req *agentv1.CreateSandboxRequest) (*agentv1.Sandbox, error) {
@@ -148,7 +166,7 @@ func (s *Sandboxes) createOnce(ctx context.Context, sb *sandbox, req *agentv1.Cr
 		case rec.State == wrenn.SandboxRunning:
 			return nil
 		}
-		err := s.create(ctx, sb)
+		err := s.create(ctx, sb, req.Source)
 		if err != nil {
 			s.drop(sb)
 		}
@@ -170,23 +188,19 @@ func newRecord(req *agentv1.CreateSandboxRequest) record {
 }
 
 // create does the work of Create; the sandbox is in byID as creating.
-func (s *Sandboxes) create(ctx context.Context, sb *sandbox) (err error) {
+func (s *Sandboxes) create(ctx context.Context, sb *sandbox, src *agentv1.Source) (err error) {
 	defer func() { err = diskFull(err) }()
 	rec := sb.snapshot()
-	img, err := s.images.find(rec.Template)
+	if err := s.needSpace(rec.MemoryMB); err != nil {
+		return err
+	}
+	from, err := s.origin(ctx, rec, src)
 	if err != nil {
 		return err
 	}
-	if rec.DiskMB != 0 && rec.DiskMB < img.DiskMB() {
-		return wrenn.Errorf(wrenn.KindInvalidRequest, "disk_mb is %d, but template %q needs at least %d", rec.DiskMB, img.Name, img.DiskMB()).
+	if rec.DiskMB != 0 && rec.DiskMB < from.diskMB {
+		return wrenn.Errorf(wrenn.KindInvalidRequest, "disk_mb is %d, but template %q needs at least %d", rec.DiskMB, rec.Template, from.diskMB).
 			With("field", "disk_mb")
-	}
-	if err := s.store.NeedSpace(int64(rec.MemoryMB) << 20); err != nil {
-		return err
-	}
-	tmpl, cold, err := s.template(ctx, img, rec.VCPUs, rec.MemoryMB)
-	if err != nil {
-		return err
 	}
 	var u undo.Stack
 	defer u.Run(&err)
@@ -195,16 +209,14 @@ func (s *Sandboxes) create(ctx context.Context, sb *sandbox) (err error) {
 	}
 	u.Push(func() error { return s.discard(sb.dir) })
 	if err := sb.update(func(r *record) {
-		r.DiskMB = max(rec.DiskMB, img.DiskMB())
-		r.TemplateDigest, r.Cold = img.Digest, cold
-		if r.User == "" {
-			r.User = img.DefaultUser
-		}
+		r.DiskMB = max(rec.DiskMB, from.diskMB)
+		r.TemplateDigest, r.Cold, r.Parent = from.digest, from.cold, from.parent
+		r.User = cmp.Or(r.User, from.user)
 	}); err != nil {
 		return err
 	}
-	if err := sb.machine().cloneFrom(ctx, s.store, tmpl); err != nil {
-		return fmt.Errorf("clone template %s: %w", img.Name, err)
+	if err := sb.machine().cloneFrom(ctx, s.store, from.machine); err != nil {
+		return fmt.Errorf("clone %s: %w", rec.Template, err)
 	}
 	if err := s.launch(ctx, sb, &u); err != nil {
 		return err

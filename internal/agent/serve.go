@@ -55,7 +55,7 @@ func openHost(ctx context.Context, cfg Config, log *slog.Logger) (*host, error) 
 	}
 	s := &Sandboxes{
 		driver: driver, store: store, net: pool, images: &images{dir: cfg.Images, store: store, log: log},
-		kernel: cfg.Kernel, initrd: cfg.Initrd, egress: cfg.Egress, dir: cfg.Sandboxes, log: log,
+		kernel: cfg.Kernel, initrd: cfg.Initrd, egress: cfg.Egress, dir: cfg.Sandboxes, snapshots: cfg.Snapshots, log: log,
 		templates: templates{pending: map[string]*preparation{}},
 		byID:      map[string]*sandbox{}, changed: make(chan struct{}, 1),
 	}

@@ -104,7 +104,7 @@ func (s *Sandboxes) makeTemplate(ctx context.Context, m machine, img image, vcpu
 	if err := s.driver.Pause(ctx, handle); err != nil {
 		return err
 	}
-	if err := errors.Join(scratch.rest(ctx, s.driver, handle, vcpus), scratch.sync()); err != nil {
+	if err := errors.Join(scratch.rest(ctx, s.driver, handle, vcpus, ""), scratch.sync()); err != nil {
 		return err
 	}
 	if err := os.Rename(scratch.dir(), m.dir()); err != nil {

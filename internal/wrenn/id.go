@@ -8,15 +8,16 @@ import (
 // Prefixes of ids. An id is its prefix, "-" and 25 characters [a-z0-9], 128 random bits
 // (36^25 > 2^129).
 const (
-	PrefixSandbox   = "sb"
-	PrefixHost      = "host"
-	PrefixTeam      = "team"
-	PrefixUser      = "user"
-	PrefixKey       = "key"
-	PrefixTemplate  = "tpl"
-	PrefixSnapshot  = "snap"
-	PrefixOperation = "op"
-	PrefixEvent     = "evt"
+	PrefixSandbox    = "sb"
+	PrefixHost       = "host"
+	PrefixTeam       = "team"
+	PrefixUser       = "user"
+	PrefixKey        = "key"
+	PrefixTemplate   = "tpl"
+	PrefixSnapshot   = "snap"
+	PrefixCheckpoint = "chk"
+	PrefixOperation  = "op"
+	PrefixEvent      = "evt"
 )
 
 const idAlphabet = "abcdefghijklmnopqrstuvwxyz0123456789"

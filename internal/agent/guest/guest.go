@@ -104,9 +104,13 @@ func (c *Client) Freeze(ctx context.Context, token string) error {
 	return c.post(ctx, "/freeze", token, nil)
 }
 
-// Thaw undoes Freeze.
-func (c *Client) Thaw(ctx context.Context, token string) error {
-	return c.post(ctx, "/unfreeze", token, nil)
+// Catchup lets user processes run on after Freeze, and sets the clock of a guest that stood still.
+func (c *Client) Catchup(ctx context.Context, token string) error {
+	body, err := json.Marshal(initBody{Timestamp: time.Now().UTC()})
+	if err != nil {
+		return err
+	}
+	return c.post(ctx, "/init", token, body)
 }
 
 // FreezeFS flushes and freezes the guest's root file system (FIFREEZE).

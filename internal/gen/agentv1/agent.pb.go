@@ -273,8 +273,11 @@ type CreateSandboxRequest struct {
 	DiskMb uint64            `protobuf:"varint,6,opt,name=disk_mb,json=diskMb,proto3" json:"disk_mb,omitempty"`
 	Env    map[string]string `protobuf:"bytes,7,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// The default user of commands and files; empty means "user".
-	User          string `protobuf:"bytes,8,opt,name=user,proto3" json:"user,omitempty"`
-	Hostname      string `protobuf:"bytes,9,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	User     string `protobuf:"bytes,8,opt,name=user,proto3" json:"user,omitempty"`
+	Hostname string `protobuf:"bytes,9,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	// What to create from instead of the template's image, which is then only a name; vcpus and memory_mb
+	// must be those of the source.
+	Source        *Source `protobuf:"bytes,10,opt,name=source,proto3" json:"source,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -372,6 +375,148 @@ func (x *CreateSandboxRequest) GetHostname() string {
 	return ""
 }
 
+func (x *CreateSandboxRequest) GetSource() *Source {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+// Source is a saved moment on this host.
+type Source struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Moment:
+	//
+	//	*Source_SnapshotId
+	//	*Source_Checkpoint
+	Moment        isSource_Moment `protobuf_oneof:"moment"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Source) Reset() {
+	*x = Source{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Source) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Source) ProtoMessage() {}
+
+func (x *Source) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Source.ProtoReflect.Descriptor instead.
+func (*Source) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Source) GetMoment() isSource_Moment {
+	if x != nil {
+		return x.Moment
+	}
+	return nil
+}
+
+func (x *Source) GetSnapshotId() string {
+	if x != nil {
+		if x, ok := x.Moment.(*Source_SnapshotId); ok {
+			return x.SnapshotId
+		}
+	}
+	return ""
+}
+
+func (x *Source) GetCheckpoint() *CheckpointRef {
+	if x != nil {
+		if x, ok := x.Moment.(*Source_Checkpoint); ok {
+			return x.Checkpoint
+		}
+	}
+	return nil
+}
+
+type isSource_Moment interface {
+	isSource_Moment()
+}
+
+type Source_SnapshotId struct {
+	SnapshotId string `protobuf:"bytes,1,opt,name=snapshot_id,json=snapshotId,proto3,oneof"`
+}
+
+type Source_Checkpoint struct {
+	Checkpoint *CheckpointRef `protobuf:"bytes,2,opt,name=checkpoint,proto3,oneof"`
+}
+
+func (*Source_SnapshotId) isSource_Moment() {}
+
+func (*Source_Checkpoint) isSource_Moment() {}
+
+type CheckpointRef struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	CheckpointId  string                 `protobuf:"bytes,2,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckpointRef) Reset() {
+	*x = CheckpointRef{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckpointRef) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckpointRef) ProtoMessage() {}
+
+func (x *CheckpointRef) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckpointRef.ProtoReflect.Descriptor instead.
+func (*CheckpointRef) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *CheckpointRef) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *CheckpointRef) GetCheckpointId() string {
+	if x != nil {
+		return x.CheckpointId
+	}
+	return ""
+}
+
 type CreateSandboxResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
@@ -381,7 +526,7 @@ type CreateSandboxResponse struct {
 
 func (x *CreateSandboxResponse) Reset() {
 	*x = CreateSandboxResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[2]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -393,7 +538,7 @@ func (x *CreateSandboxResponse) String() string {
 func (*CreateSandboxResponse) ProtoMessage() {}
 
 func (x *CreateSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[2]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -406,7 +551,7 @@ func (x *CreateSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSandboxResponse.ProtoReflect.Descriptor instead.
 func (*CreateSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{2}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *CreateSandboxResponse) GetSandbox() *Sandbox {
@@ -426,7 +571,7 @@ type DeleteSandboxRequest struct {
 
 func (x *DeleteSandboxRequest) Reset() {
 	*x = DeleteSandboxRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[3]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -438,7 +583,7 @@ func (x *DeleteSandboxRequest) String() string {
 func (*DeleteSandboxRequest) ProtoMessage() {}
 
 func (x *DeleteSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[3]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -451,7 +596,7 @@ func (x *DeleteSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSandboxRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{3}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *DeleteSandboxRequest) GetId() string {
@@ -476,7 +621,7 @@ type DeleteSandboxResponse struct {
 
 func (x *DeleteSandboxResponse) Reset() {
 	*x = DeleteSandboxResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[4]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -488,7 +633,7 @@ func (x *DeleteSandboxResponse) String() string {
 func (*DeleteSandboxResponse) ProtoMessage() {}
 
 func (x *DeleteSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[4]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -501,7 +646,7 @@ func (x *DeleteSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSandboxResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{4}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{6}
 }
 
 type PauseSandboxRequest struct {
@@ -518,7 +663,7 @@ type PauseSandboxRequest struct {
 
 func (x *PauseSandboxRequest) Reset() {
 	*x = PauseSandboxRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -530,7 +675,7 @@ func (x *PauseSandboxRequest) String() string {
 func (*PauseSandboxRequest) ProtoMessage() {}
 
 func (x *PauseSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -543,7 +688,7 @@ func (x *PauseSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseSandboxRequest.ProtoReflect.Descriptor instead.
 func (*PauseSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *PauseSandboxRequest) GetId() string {
@@ -583,7 +728,7 @@ type PauseSandboxResponse struct {
 
 func (x *PauseSandboxResponse) Reset() {
 	*x = PauseSandboxResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -595,7 +740,7 @@ func (x *PauseSandboxResponse) String() string {
 func (*PauseSandboxResponse) ProtoMessage() {}
 
 func (x *PauseSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -608,7 +753,7 @@ func (x *PauseSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseSandboxResponse.ProtoReflect.Descriptor instead.
 func (*PauseSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PauseSandboxResponse) GetSandbox() *Sandbox {
@@ -628,7 +773,7 @@ type ResumeSandboxRequest struct {
 
 func (x *ResumeSandboxRequest) Reset() {
 	*x = ResumeSandboxRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -640,7 +785,7 @@ func (x *ResumeSandboxRequest) String() string {
 func (*ResumeSandboxRequest) ProtoMessage() {}
 
 func (x *ResumeSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -653,7 +798,7 @@ func (x *ResumeSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeSandboxRequest.ProtoReflect.Descriptor instead.
 func (*ResumeSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ResumeSandboxRequest) GetId() string {
@@ -679,7 +824,7 @@ type ResumeSandboxResponse struct {
 
 func (x *ResumeSandboxResponse) Reset() {
 	*x = ResumeSandboxResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -691,7 +836,7 @@ func (x *ResumeSandboxResponse) String() string {
 func (*ResumeSandboxResponse) ProtoMessage() {}
 
 func (x *ResumeSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -704,7 +849,7 @@ func (x *ResumeSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeSandboxResponse.ProtoReflect.Descriptor instead.
 func (*ResumeSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ResumeSandboxResponse) GetSandbox() *Sandbox {
@@ -712,6 +857,784 @@ func (x *ResumeSandboxResponse) GetSandbox() *Sandbox {
 		return x.Sandbox
 	}
 	return nil
+}
+
+type Checkpoint struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The checkpoint that the saved state descended from, if any.
+	ParentId  string                 `protobuf:"bytes,2,opt,name=parent_id,json=parentId,proto3" json:"parent_id,omitempty"`
+	CreatedAt *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	HasMemory bool                   `protobuf:"varint,4,opt,name=has_memory,json=hasMemory,proto3" json:"has_memory,omitempty"`
+	// What it would take to store it alone.
+	SizeBytes uint64 `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	// What deleting it would free.
+	OwnBytes      uint64 `protobuf:"varint,6,opt,name=own_bytes,json=ownBytes,proto3" json:"own_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Checkpoint) Reset() {
+	*x = Checkpoint{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Checkpoint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Checkpoint) ProtoMessage() {}
+
+func (x *Checkpoint) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
+func (*Checkpoint) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Checkpoint) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetParentId() string {
+	if x != nil {
+		return x.ParentId
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetCreatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return nil
+}
+
+func (x *Checkpoint) GetHasMemory() bool {
+	if x != nil {
+		return x.HasMemory
+	}
+	return false
+}
+
+func (x *Checkpoint) GetSizeBytes() uint64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetOwnBytes() uint64 {
+	if x != nil {
+		return x.OwnBytes
+	}
+	return 0
+}
+
+type CheckpointSandboxRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Id          string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	OperationId string                 `protobuf:"bytes,2,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	// Chosen by the control plane: chk- and 25 characters.
+	CheckpointId  string `protobuf:"bytes,3,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckpointSandboxRequest) Reset() {
+	*x = CheckpointSandboxRequest{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckpointSandboxRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckpointSandboxRequest) ProtoMessage() {}
+
+func (x *CheckpointSandboxRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckpointSandboxRequest.ProtoReflect.Descriptor instead.
+func (*CheckpointSandboxRequest) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *CheckpointSandboxRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *CheckpointSandboxRequest) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *CheckpointSandboxRequest) GetCheckpointId() string {
+	if x != nil {
+		return x.CheckpointId
+	}
+	return ""
+}
+
+type CheckpointSandboxResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Checkpoint    *Checkpoint            `protobuf:"bytes,1,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckpointSandboxResponse) Reset() {
+	*x = CheckpointSandboxResponse{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckpointSandboxResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckpointSandboxResponse) ProtoMessage() {}
+
+func (x *CheckpointSandboxResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckpointSandboxResponse.ProtoReflect.Descriptor instead.
+func (*CheckpointSandboxResponse) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *CheckpointSandboxResponse) GetCheckpoint() *Checkpoint {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
+type ListCheckpointsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListCheckpointsRequest) Reset() {
+	*x = ListCheckpointsRequest{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListCheckpointsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListCheckpointsRequest) ProtoMessage() {}
+
+func (x *ListCheckpointsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListCheckpointsRequest.ProtoReflect.Descriptor instead.
+func (*ListCheckpointsRequest) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ListCheckpointsRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type ListCheckpointsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Checkpoints   []*Checkpoint          `protobuf:"bytes,1,rep,name=checkpoints,proto3" json:"checkpoints,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListCheckpointsResponse) Reset() {
+	*x = ListCheckpointsResponse{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListCheckpointsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListCheckpointsResponse) ProtoMessage() {}
+
+func (x *ListCheckpointsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListCheckpointsResponse.ProtoReflect.Descriptor instead.
+func (*ListCheckpointsResponse) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ListCheckpointsResponse) GetCheckpoints() []*Checkpoint {
+	if x != nil {
+		return x.Checkpoints
+	}
+	return nil
+}
+
+type DeleteCheckpointRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	OperationId   string                 `protobuf:"bytes,2,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	CheckpointId  string                 `protobuf:"bytes,3,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteCheckpointRequest) Reset() {
+	*x = DeleteCheckpointRequest{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteCheckpointRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteCheckpointRequest) ProtoMessage() {}
+
+func (x *DeleteCheckpointRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteCheckpointRequest.ProtoReflect.Descriptor instead.
+func (*DeleteCheckpointRequest) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *DeleteCheckpointRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DeleteCheckpointRequest) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *DeleteCheckpointRequest) GetCheckpointId() string {
+	if x != nil {
+		return x.CheckpointId
+	}
+	return ""
+}
+
+type DeleteCheckpointResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteCheckpointResponse) Reset() {
+	*x = DeleteCheckpointResponse{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteCheckpointResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteCheckpointResponse) ProtoMessage() {}
+
+func (x *DeleteCheckpointResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteCheckpointResponse.ProtoReflect.Descriptor instead.
+func (*DeleteCheckpointResponse) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+}
+
+type RollbackSandboxRequest struct {
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Id           string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	OperationId  string                 `protobuf:"bytes,2,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	CheckpointId string                 `protobuf:"bytes,3,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
+	// The state left behind becomes this checkpoint; empty discards it.
+	KeepAs        string `protobuf:"bytes,4,opt,name=keep_as,json=keepAs,proto3" json:"keep_as,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RollbackSandboxRequest) Reset() {
+	*x = RollbackSandboxRequest{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RollbackSandboxRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RollbackSandboxRequest) ProtoMessage() {}
+
+func (x *RollbackSandboxRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RollbackSandboxRequest.ProtoReflect.Descriptor instead.
+func (*RollbackSandboxRequest) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *RollbackSandboxRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RollbackSandboxRequest) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *RollbackSandboxRequest) GetCheckpointId() string {
+	if x != nil {
+		return x.CheckpointId
+	}
+	return ""
+}
+
+func (x *RollbackSandboxRequest) GetKeepAs() string {
+	if x != nil {
+		return x.KeepAs
+	}
+	return ""
+}
+
+type RollbackSandboxResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RollbackSandboxResponse) Reset() {
+	*x = RollbackSandboxResponse{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RollbackSandboxResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RollbackSandboxResponse) ProtoMessage() {}
+
+func (x *RollbackSandboxResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RollbackSandboxResponse.ProtoReflect.Descriptor instead.
+func (*RollbackSandboxResponse) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *RollbackSandboxResponse) GetSandbox() *Sandbox {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
+type ForkSandboxRequest struct {
+	state         protoimpl.MessageState      `protogen:"open.v1"`
+	Id            string                      `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	OperationId   string                      `protobuf:"bytes,2,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	Children      []*ForkSandboxRequest_Child `protobuf:"bytes,3,rep,name=children,proto3" json:"children,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForkSandboxRequest) Reset() {
+	*x = ForkSandboxRequest{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForkSandboxRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForkSandboxRequest) ProtoMessage() {}
+
+func (x *ForkSandboxRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForkSandboxRequest.ProtoReflect.Descriptor instead.
+func (*ForkSandboxRequest) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ForkSandboxRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ForkSandboxRequest) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *ForkSandboxRequest) GetChildren() []*ForkSandboxRequest_Child {
+	if x != nil {
+		return x.Children
+	}
+	return nil
+}
+
+type ForkSandboxResponse struct {
+	state         protoimpl.MessageState        `protogen:"open.v1"`
+	Results       []*ForkSandboxResponse_Result `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForkSandboxResponse) Reset() {
+	*x = ForkSandboxResponse{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForkSandboxResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForkSandboxResponse) ProtoMessage() {}
+
+func (x *ForkSandboxResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForkSandboxResponse.ProtoReflect.Descriptor instead.
+func (*ForkSandboxResponse) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *ForkSandboxResponse) GetResults() []*ForkSandboxResponse_Result {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+type SaveSnapshotRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Id          string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	OperationId string                 `protobuf:"bytes,2,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	// snap- and 25 characters.
+	SnapshotId    string `protobuf:"bytes,3,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveSnapshotRequest) Reset() {
+	*x = SaveSnapshotRequest{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveSnapshotRequest) ProtoMessage() {}
+
+func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *SaveSnapshotRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *SaveSnapshotRequest) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *SaveSnapshotRequest) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
+}
+
+type SaveSnapshotResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Snapshot      *Checkpoint            `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveSnapshotResponse) Reset() {
+	*x = SaveSnapshotResponse{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveSnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveSnapshotResponse) ProtoMessage() {}
+
+func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
+func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *SaveSnapshotResponse) GetSnapshot() *Checkpoint {
+	if x != nil {
+		return x.Snapshot
+	}
+	return nil
+}
+
+type DeleteSnapshotRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SnapshotId    string                 `protobuf:"bytes,1,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteSnapshotRequest) Reset() {
+	*x = DeleteSnapshotRequest{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteSnapshotRequest) ProtoMessage() {}
+
+func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*DeleteSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *DeleteSnapshotRequest) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
+}
+
+type DeleteSnapshotResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteSnapshotResponse) Reset() {
+	*x = DeleteSnapshotResponse{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteSnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteSnapshotResponse) ProtoMessage() {}
+
+func (x *DeleteSnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteSnapshotResponse.ProtoReflect.Descriptor instead.
+func (*DeleteSnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 type GetSandboxRequest struct {
@@ -723,7 +1646,7 @@ type GetSandboxRequest struct {
 
 func (x *GetSandboxRequest) Reset() {
 	*x = GetSandboxRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -735,7 +1658,7 @@ func (x *GetSandboxRequest) String() string {
 func (*GetSandboxRequest) ProtoMessage() {}
 
 func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -748,7 +1671,7 @@ func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxRequest.ProtoReflect.Descriptor instead.
 func (*GetSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *GetSandboxRequest) GetId() string {
@@ -767,7 +1690,7 @@ type GetSandboxResponse struct {
 
 func (x *GetSandboxResponse) Reset() {
 	*x = GetSandboxResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -779,7 +1702,7 @@ func (x *GetSandboxResponse) String() string {
 func (*GetSandboxResponse) ProtoMessage() {}
 
 func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -792,7 +1715,7 @@ func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxResponse.ProtoReflect.Descriptor instead.
 func (*GetSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *GetSandboxResponse) GetSandbox() *Sandbox {
@@ -810,7 +1733,7 @@ type ListSandboxesRequest struct {
 
 func (x *ListSandboxesRequest) Reset() {
 	*x = ListSandboxesRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -822,7 +1745,7 @@ func (x *ListSandboxesRequest) String() string {
 func (*ListSandboxesRequest) ProtoMessage() {}
 
 func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -835,7 +1758,7 @@ func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*ListSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 type ListSandboxesResponse struct {
@@ -849,7 +1772,7 @@ type ListSandboxesResponse struct {
 
 func (x *ListSandboxesResponse) Reset() {
 	*x = ListSandboxesResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -861,7 +1784,7 @@ func (x *ListSandboxesResponse) String() string {
 func (*ListSandboxesResponse) ProtoMessage() {}
 
 func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -874,7 +1797,7 @@ func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*ListSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ListSandboxesResponse) GetSandboxes() []*Sandbox {
@@ -889,6 +1812,137 @@ func (x *ListSandboxesResponse) GetStateRevision() uint64 {
 		return x.StateRevision
 	}
 	return 0
+}
+
+type ForkSandboxRequest_Child struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Id          string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	OperationId string                 `protobuf:"bytes,2,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	Hostname    string                 `protobuf:"bytes,3,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	// Added to the parent's.
+	Env           map[string]string `protobuf:"bytes,4,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForkSandboxRequest_Child) Reset() {
+	*x = ForkSandboxRequest_Child{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForkSandboxRequest_Child) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForkSandboxRequest_Child) ProtoMessage() {}
+
+func (x *ForkSandboxRequest_Child) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForkSandboxRequest_Child.ProtoReflect.Descriptor instead.
+func (*ForkSandboxRequest_Child) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{20, 0}
+}
+
+func (x *ForkSandboxRequest_Child) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ForkSandboxRequest_Child) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *ForkSandboxRequest_Child) GetHostname() string {
+	if x != nil {
+		return x.Hostname
+	}
+	return ""
+}
+
+func (x *ForkSandboxRequest_Child) GetEnv() map[string]string {
+	if x != nil {
+		return x.Env
+	}
+	return nil
+}
+
+type ForkSandboxResponse_Result struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Set if the child runs.
+	Sandbox *Sandbox `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	// Else why not: kind and public message.
+	ErrorKind     string `protobuf:"bytes,2,opt,name=error_kind,json=errorKind,proto3" json:"error_kind,omitempty"`
+	ErrorMessage  string `protobuf:"bytes,3,opt,name=error_message,json=errorMessage,proto3" json:"error_message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForkSandboxResponse_Result) Reset() {
+	*x = ForkSandboxResponse_Result{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForkSandboxResponse_Result) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForkSandboxResponse_Result) ProtoMessage() {}
+
+func (x *ForkSandboxResponse_Result) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForkSandboxResponse_Result.ProtoReflect.Descriptor instead.
+func (*ForkSandboxResponse_Result) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{21, 0}
+}
+
+func (x *ForkSandboxResponse_Result) GetSandbox() *Sandbox {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
+func (x *ForkSandboxResponse_Result) GetErrorKind() string {
+	if x != nil {
+		return x.ErrorKind
+	}
+	return ""
+}
+
+func (x *ForkSandboxResponse_Result) GetErrorMessage() string {
+	if x != nil {
+		return x.ErrorMessage
+	}
+	return ""
 }
 
 var File_wrenn_agent_v1_agent_proto protoreflect.FileDescriptor
@@ -916,7 +1970,7 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"has_memory\x18\x0e \x01(\bR\thasMemory\x12!\n" +
 	"\faccess_token\x18\x0f \x01(\tR\vaccessToken\x12\x12\n" +
-	"\x04cold\x18\x10 \x01(\bR\x04cold\"\xda\x02\n" +
+	"\x04cold\x18\x10 \x01(\bR\x04cold\"\x8a\x03\n" +
 	"\x14CreateSandboxRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
 	"\foperation_id\x18\x02 \x01(\tR\voperationId\x12\x1a\n" +
@@ -926,10 +1980,23 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\adisk_mb\x18\x06 \x01(\x04R\x06diskMb\x12?\n" +
 	"\x03env\x18\a \x03(\v2-.wrenn.agent.v1.CreateSandboxRequest.EnvEntryR\x03env\x12\x12\n" +
 	"\x04user\x18\b \x01(\tR\x04user\x12\x1a\n" +
-	"\bhostname\x18\t \x01(\tR\bhostname\x1a6\n" +
+	"\bhostname\x18\t \x01(\tR\bhostname\x12.\n" +
+	"\x06source\x18\n" +
+	" \x01(\v2\x16.wrenn.agent.v1.SourceR\x06source\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"J\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"v\n" +
+	"\x06Source\x12!\n" +
+	"\vsnapshot_id\x18\x01 \x01(\tH\x00R\n" +
+	"snapshotId\x12?\n" +
+	"\n" +
+	"checkpoint\x18\x02 \x01(\v2\x1d.wrenn.agent.v1.CheckpointRefH\x00R\n" +
+	"checkpointB\b\n" +
+	"\x06moment\"S\n" +
+	"\rCheckpointRef\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12#\n" +
+	"\rcheckpoint_id\x18\x02 \x01(\tR\fcheckpointId\"J\n" +
 	"\x15CreateSandboxResponse\x121\n" +
 	"\asandbox\x18\x01 \x01(\v2\x17.wrenn.agent.v1.SandboxR\asandbox\"I\n" +
 	"\x14DeleteSandboxRequest\x12\x0e\n" +
@@ -947,7 +2014,72 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
 	"\foperation_id\x18\x02 \x01(\tR\voperationId\"J\n" +
 	"\x15ResumeSandboxResponse\x121\n" +
-	"\asandbox\x18\x01 \x01(\v2\x17.wrenn.agent.v1.SandboxR\asandbox\"#\n" +
+	"\asandbox\x18\x01 \x01(\v2\x17.wrenn.agent.v1.SandboxR\asandbox\"\xcf\x01\n" +
+	"\n" +
+	"Checkpoint\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
+	"\tparent_id\x18\x02 \x01(\tR\bparentId\x129\n" +
+	"\n" +
+	"created_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x1d\n" +
+	"\n" +
+	"has_memory\x18\x04 \x01(\bR\thasMemory\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x05 \x01(\x04R\tsizeBytes\x12\x1b\n" +
+	"\town_bytes\x18\x06 \x01(\x04R\bownBytes\"r\n" +
+	"\x18CheckpointSandboxRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
+	"\foperation_id\x18\x02 \x01(\tR\voperationId\x12#\n" +
+	"\rcheckpoint_id\x18\x03 \x01(\tR\fcheckpointId\"W\n" +
+	"\x19CheckpointSandboxResponse\x12:\n" +
+	"\n" +
+	"checkpoint\x18\x01 \x01(\v2\x1a.wrenn.agent.v1.CheckpointR\n" +
+	"checkpoint\"(\n" +
+	"\x16ListCheckpointsRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"W\n" +
+	"\x17ListCheckpointsResponse\x12<\n" +
+	"\vcheckpoints\x18\x01 \x03(\v2\x1a.wrenn.agent.v1.CheckpointR\vcheckpoints\"q\n" +
+	"\x17DeleteCheckpointRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
+	"\foperation_id\x18\x02 \x01(\tR\voperationId\x12#\n" +
+	"\rcheckpoint_id\x18\x03 \x01(\tR\fcheckpointId\"\x1a\n" +
+	"\x18DeleteCheckpointResponse\"\x89\x01\n" +
+	"\x16RollbackSandboxRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
+	"\foperation_id\x18\x02 \x01(\tR\voperationId\x12#\n" +
+	"\rcheckpoint_id\x18\x03 \x01(\tR\fcheckpointId\x12\x17\n" +
+	"\akeep_as\x18\x04 \x01(\tR\x06keepAs\"L\n" +
+	"\x17RollbackSandboxResponse\x121\n" +
+	"\asandbox\x18\x01 \x01(\v2\x17.wrenn.agent.v1.SandboxR\asandbox\"\xe3\x02\n" +
+	"\x12ForkSandboxRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
+	"\foperation_id\x18\x02 \x01(\tR\voperationId\x12D\n" +
+	"\bchildren\x18\x03 \x03(\v2(.wrenn.agent.v1.ForkSandboxRequest.ChildR\bchildren\x1a\xd3\x01\n" +
+	"\x05Child\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
+	"\foperation_id\x18\x02 \x01(\tR\voperationId\x12\x1a\n" +
+	"\bhostname\x18\x03 \x01(\tR\bhostname\x12C\n" +
+	"\x03env\x18\x04 \x03(\v21.wrenn.agent.v1.ForkSandboxRequest.Child.EnvEntryR\x03env\x1a6\n" +
+	"\bEnvEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xdc\x01\n" +
+	"\x13ForkSandboxResponse\x12D\n" +
+	"\aresults\x18\x01 \x03(\v2*.wrenn.agent.v1.ForkSandboxResponse.ResultR\aresults\x1a\x7f\n" +
+	"\x06Result\x121\n" +
+	"\asandbox\x18\x01 \x01(\v2\x17.wrenn.agent.v1.SandboxR\asandbox\x12\x1d\n" +
+	"\n" +
+	"error_kind\x18\x02 \x01(\tR\terrorKind\x12#\n" +
+	"\rerror_message\x18\x03 \x01(\tR\ferrorMessage\"i\n" +
+	"\x13SaveSnapshotRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
+	"\foperation_id\x18\x02 \x01(\tR\voperationId\x12\x1f\n" +
+	"\vsnapshot_id\x18\x03 \x01(\tR\n" +
+	"snapshotId\"N\n" +
+	"\x14SaveSnapshotResponse\x126\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x1a.wrenn.agent.v1.CheckpointR\bsnapshot\"8\n" +
+	"\x15DeleteSnapshotRequest\x12\x1f\n" +
+	"\vsnapshot_id\x18\x01 \x01(\tR\n" +
+	"snapshotId\"\x18\n" +
+	"\x16DeleteSnapshotResponse\"#\n" +
 	"\x11GetSandboxRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"G\n" +
 	"\x12GetSandboxResponse\x121\n" +
@@ -963,12 +2095,19 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\x15SANDBOX_STATE_PAUSING\x10\x03\x12\x18\n" +
 	"\x14SANDBOX_STATE_PAUSED\x10\x04\x12\x1a\n" +
 	"\x16SANDBOX_STATE_RESUMING\x10\x05\x12\x1a\n" +
-	"\x16SANDBOX_STATE_DELETING\x10\x062\xb6\x04\n" +
+	"\x16SANDBOX_STATE_DELETING\x10\x062\xe3\t\n" +
 	"\fAgentService\x12\\\n" +
 	"\rCreateSandbox\x12$.wrenn.agent.v1.CreateSandboxRequest\x1a%.wrenn.agent.v1.CreateSandboxResponse\x12\\\n" +
 	"\rDeleteSandbox\x12$.wrenn.agent.v1.DeleteSandboxRequest\x1a%.wrenn.agent.v1.DeleteSandboxResponse\x12Y\n" +
 	"\fPauseSandbox\x12#.wrenn.agent.v1.PauseSandboxRequest\x1a$.wrenn.agent.v1.PauseSandboxResponse\x12\\\n" +
-	"\rResumeSandbox\x12$.wrenn.agent.v1.ResumeSandboxRequest\x1a%.wrenn.agent.v1.ResumeSandboxResponse\x12S\n" +
+	"\rResumeSandbox\x12$.wrenn.agent.v1.ResumeSandboxRequest\x1a%.wrenn.agent.v1.ResumeSandboxResponse\x12h\n" +
+	"\x11CheckpointSandbox\x12(.wrenn.agent.v1.CheckpointSandboxRequest\x1a).wrenn.agent.v1.CheckpointSandboxResponse\x12b\n" +
+	"\x0fListCheckpoints\x12&.wrenn.agent.v1.ListCheckpointsRequest\x1a'.wrenn.agent.v1.ListCheckpointsResponse\x12e\n" +
+	"\x10DeleteCheckpoint\x12'.wrenn.agent.v1.DeleteCheckpointRequest\x1a(.wrenn.agent.v1.DeleteCheckpointResponse\x12b\n" +
+	"\x0fRollbackSandbox\x12&.wrenn.agent.v1.RollbackSandboxRequest\x1a'.wrenn.agent.v1.RollbackSandboxResponse\x12V\n" +
+	"\vForkSandbox\x12\".wrenn.agent.v1.ForkSandboxRequest\x1a#.wrenn.agent.v1.ForkSandboxResponse\x12Y\n" +
+	"\fSaveSnapshot\x12#.wrenn.agent.v1.SaveSnapshotRequest\x1a$.wrenn.agent.v1.SaveSnapshotResponse\x12_\n" +
+	"\x0eDeleteSnapshot\x12%.wrenn.agent.v1.DeleteSnapshotRequest\x1a&.wrenn.agent.v1.DeleteSnapshotResponse\x12S\n" +
 	"\n" +
 	"GetSandbox\x12!.wrenn.agent.v1.GetSandboxRequest\x1a\".wrenn.agent.v1.GetSandboxResponse\x12\\\n" +
 	"\rListSandboxes\x12$.wrenn.agent.v1.ListSandboxesRequest\x1a%.wrenn.agent.v1.ListSandboxesResponseB5Z3github.com/wrenn-sandbox/wrenn/internal/gen/agentv1b\x06proto3"
@@ -986,53 +2125,98 @@ func file_wrenn_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_wrenn_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_wrenn_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_wrenn_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_wrenn_agent_v1_agent_proto_goTypes = []any{
-	(SandboxState)(0),             // 0: wrenn.agent.v1.SandboxState
-	(*Sandbox)(nil),               // 1: wrenn.agent.v1.Sandbox
-	(*CreateSandboxRequest)(nil),  // 2: wrenn.agent.v1.CreateSandboxRequest
-	(*CreateSandboxResponse)(nil), // 3: wrenn.agent.v1.CreateSandboxResponse
-	(*DeleteSandboxRequest)(nil),  // 4: wrenn.agent.v1.DeleteSandboxRequest
-	(*DeleteSandboxResponse)(nil), // 5: wrenn.agent.v1.DeleteSandboxResponse
-	(*PauseSandboxRequest)(nil),   // 6: wrenn.agent.v1.PauseSandboxRequest
-	(*PauseSandboxResponse)(nil),  // 7: wrenn.agent.v1.PauseSandboxResponse
-	(*ResumeSandboxRequest)(nil),  // 8: wrenn.agent.v1.ResumeSandboxRequest
-	(*ResumeSandboxResponse)(nil), // 9: wrenn.agent.v1.ResumeSandboxResponse
-	(*GetSandboxRequest)(nil),     // 10: wrenn.agent.v1.GetSandboxRequest
-	(*GetSandboxResponse)(nil),    // 11: wrenn.agent.v1.GetSandboxResponse
-	(*ListSandboxesRequest)(nil),  // 12: wrenn.agent.v1.ListSandboxesRequest
-	(*ListSandboxesResponse)(nil), // 13: wrenn.agent.v1.ListSandboxesResponse
-	nil,                           // 14: wrenn.agent.v1.CreateSandboxRequest.EnvEntry
-	(*timestamppb.Timestamp)(nil), // 15: google.protobuf.Timestamp
+	(SandboxState)(0),                  // 0: wrenn.agent.v1.SandboxState
+	(*Sandbox)(nil),                    // 1: wrenn.agent.v1.Sandbox
+	(*CreateSandboxRequest)(nil),       // 2: wrenn.agent.v1.CreateSandboxRequest
+	(*Source)(nil),                     // 3: wrenn.agent.v1.Source
+	(*CheckpointRef)(nil),              // 4: wrenn.agent.v1.CheckpointRef
+	(*CreateSandboxResponse)(nil),      // 5: wrenn.agent.v1.CreateSandboxResponse
+	(*DeleteSandboxRequest)(nil),       // 6: wrenn.agent.v1.DeleteSandboxRequest
+	(*DeleteSandboxResponse)(nil),      // 7: wrenn.agent.v1.DeleteSandboxResponse
+	(*PauseSandboxRequest)(nil),        // 8: wrenn.agent.v1.PauseSandboxRequest
+	(*PauseSandboxResponse)(nil),       // 9: wrenn.agent.v1.PauseSandboxResponse
+	(*ResumeSandboxRequest)(nil),       // 10: wrenn.agent.v1.ResumeSandboxRequest
+	(*ResumeSandboxResponse)(nil),      // 11: wrenn.agent.v1.ResumeSandboxResponse
+	(*Checkpoint)(nil),                 // 12: wrenn.agent.v1.Checkpoint
+	(*CheckpointSandboxRequest)(nil),   // 13: wrenn.agent.v1.CheckpointSandboxRequest
+	(*CheckpointSandboxResponse)(nil),  // 14: wrenn.agent.v1.CheckpointSandboxResponse
+	(*ListCheckpointsRequest)(nil),     // 15: wrenn.agent.v1.ListCheckpointsRequest
+	(*ListCheckpointsResponse)(nil),    // 16: wrenn.agent.v1.ListCheckpointsResponse
+	(*DeleteCheckpointRequest)(nil),    // 17: wrenn.agent.v1.DeleteCheckpointRequest
+	(*DeleteCheckpointResponse)(nil),   // 18: wrenn.agent.v1.DeleteCheckpointResponse
+	(*RollbackSandboxRequest)(nil),     // 19: wrenn.agent.v1.RollbackSandboxRequest
+	(*RollbackSandboxResponse)(nil),    // 20: wrenn.agent.v1.RollbackSandboxResponse
+	(*ForkSandboxRequest)(nil),         // 21: wrenn.agent.v1.ForkSandboxRequest
+	(*ForkSandboxResponse)(nil),        // 22: wrenn.agent.v1.ForkSandboxResponse
+	(*SaveSnapshotRequest)(nil),        // 23: wrenn.agent.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),       // 24: wrenn.agent.v1.SaveSnapshotResponse
+	(*DeleteSnapshotRequest)(nil),      // 25: wrenn.agent.v1.DeleteSnapshotRequest
+	(*DeleteSnapshotResponse)(nil),     // 26: wrenn.agent.v1.DeleteSnapshotResponse
+	(*GetSandboxRequest)(nil),          // 27: wrenn.agent.v1.GetSandboxRequest
+	(*GetSandboxResponse)(nil),         // 28: wrenn.agent.v1.GetSandboxResponse
+	(*ListSandboxesRequest)(nil),       // 29: wrenn.agent.v1.ListSandboxesRequest
+	(*ListSandboxesResponse)(nil),      // 30: wrenn.agent.v1.ListSandboxesResponse
+	nil,                                // 31: wrenn.agent.v1.CreateSandboxRequest.EnvEntry
+	(*ForkSandboxRequest_Child)(nil),   // 32: wrenn.agent.v1.ForkSandboxRequest.Child
+	nil,                                // 33: wrenn.agent.v1.ForkSandboxRequest.Child.EnvEntry
+	(*ForkSandboxResponse_Result)(nil), // 34: wrenn.agent.v1.ForkSandboxResponse.Result
+	(*timestamppb.Timestamp)(nil),      // 35: google.protobuf.Timestamp
 }
 var file_wrenn_agent_v1_agent_proto_depIdxs = []int32{
 	0,  // 0: wrenn.agent.v1.Sandbox.state:type_name -> wrenn.agent.v1.SandboxState
-	15, // 1: wrenn.agent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	15, // 2: wrenn.agent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
-	15, // 3: wrenn.agent.v1.Sandbox.last_active_at:type_name -> google.protobuf.Timestamp
-	14, // 4: wrenn.agent.v1.CreateSandboxRequest.env:type_name -> wrenn.agent.v1.CreateSandboxRequest.EnvEntry
-	1,  // 5: wrenn.agent.v1.CreateSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
-	1,  // 6: wrenn.agent.v1.PauseSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
-	1,  // 7: wrenn.agent.v1.ResumeSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
-	1,  // 8: wrenn.agent.v1.GetSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
-	1,  // 9: wrenn.agent.v1.ListSandboxesResponse.sandboxes:type_name -> wrenn.agent.v1.Sandbox
-	2,  // 10: wrenn.agent.v1.AgentService.CreateSandbox:input_type -> wrenn.agent.v1.CreateSandboxRequest
-	4,  // 11: wrenn.agent.v1.AgentService.DeleteSandbox:input_type -> wrenn.agent.v1.DeleteSandboxRequest
-	6,  // 12: wrenn.agent.v1.AgentService.PauseSandbox:input_type -> wrenn.agent.v1.PauseSandboxRequest
-	8,  // 13: wrenn.agent.v1.AgentService.ResumeSandbox:input_type -> wrenn.agent.v1.ResumeSandboxRequest
-	10, // 14: wrenn.agent.v1.AgentService.GetSandbox:input_type -> wrenn.agent.v1.GetSandboxRequest
-	12, // 15: wrenn.agent.v1.AgentService.ListSandboxes:input_type -> wrenn.agent.v1.ListSandboxesRequest
-	3,  // 16: wrenn.agent.v1.AgentService.CreateSandbox:output_type -> wrenn.agent.v1.CreateSandboxResponse
-	5,  // 17: wrenn.agent.v1.AgentService.DeleteSandbox:output_type -> wrenn.agent.v1.DeleteSandboxResponse
-	7,  // 18: wrenn.agent.v1.AgentService.PauseSandbox:output_type -> wrenn.agent.v1.PauseSandboxResponse
-	9,  // 19: wrenn.agent.v1.AgentService.ResumeSandbox:output_type -> wrenn.agent.v1.ResumeSandboxResponse
-	11, // 20: wrenn.agent.v1.AgentService.GetSandbox:output_type -> wrenn.agent.v1.GetSandboxResponse
-	13, // 21: wrenn.agent.v1.AgentService.ListSandboxes:output_type -> wrenn.agent.v1.ListSandboxesResponse
-	16, // [16:22] is the sub-list for method output_type
-	10, // [10:16] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	35, // 1: wrenn.agent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	35, // 2: wrenn.agent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
+	35, // 3: wrenn.agent.v1.Sandbox.last_active_at:type_name -> google.protobuf.Timestamp
+	31, // 4: wrenn.agent.v1.CreateSandboxRequest.env:type_name -> wrenn.agent.v1.CreateSandboxRequest.EnvEntry
+	3,  // 5: wrenn.agent.v1.CreateSandboxRequest.source:type_name -> wrenn.agent.v1.Source
+	4,  // 6: wrenn.agent.v1.Source.checkpoint:type_name -> wrenn.agent.v1.CheckpointRef
+	1,  // 7: wrenn.agent.v1.CreateSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	1,  // 8: wrenn.agent.v1.PauseSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	1,  // 9: wrenn.agent.v1.ResumeSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	35, // 10: wrenn.agent.v1.Checkpoint.created_at:type_name -> google.protobuf.Timestamp
+	12, // 11: wrenn.agent.v1.CheckpointSandboxResponse.checkpoint:type_name -> wrenn.agent.v1.Checkpoint
+	12, // 12: wrenn.agent.v1.ListCheckpointsResponse.checkpoints:type_name -> wrenn.agent.v1.Checkpoint
+	1,  // 13: wrenn.agent.v1.RollbackSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	32, // 14: wrenn.agent.v1.ForkSandboxRequest.children:type_name -> wrenn.agent.v1.ForkSandboxRequest.Child
+	34, // 15: wrenn.agent.v1.ForkSandboxResponse.results:type_name -> wrenn.agent.v1.ForkSandboxResponse.Result
+	12, // 16: wrenn.agent.v1.SaveSnapshotResponse.snapshot:type_name -> wrenn.agent.v1.Checkpoint
+	1,  // 17: wrenn.agent.v1.GetSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	1,  // 18: wrenn.agent.v1.ListSandboxesResponse.sandboxes:type_name -> wrenn.agent.v1.Sandbox
+	33, // 19: wrenn.agent.v1.ForkSandboxRequest.Child.env:type_name -> wrenn.agent.v1.ForkSandboxRequest.Child.EnvEntry
+	1,  // 20: wrenn.agent.v1.ForkSandboxResponse.Result.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	2,  // 21: wrenn.agent.v1.AgentService.CreateSandbox:input_type -> wrenn.agent.v1.CreateSandboxRequest
+	6,  // 22: wrenn.agent.v1.AgentService.DeleteSandbox:input_type -> wrenn.agent.v1.DeleteSandboxRequest
+	8,  // 23: wrenn.agent.v1.AgentService.PauseSandbox:input_type -> wrenn.agent.v1.PauseSandboxRequest
+	10, // 24: wrenn.agent.v1.AgentService.ResumeSandbox:input_type -> wrenn.agent.v1.ResumeSandboxRequest
+	13, // 25: wrenn.agent.v1.AgentService.CheckpointSandbox:input_type -> wrenn.agent.v1.CheckpointSandboxRequest
+	15, // 26: wrenn.agent.v1.AgentService.ListCheckpoints:input_type -> wrenn.agent.v1.ListCheckpointsRequest
+	17, // 27: wrenn.agent.v1.AgentService.DeleteCheckpoint:input_type -> wrenn.agent.v1.DeleteCheckpointRequest
+	19, // 28: wrenn.agent.v1.AgentService.RollbackSandbox:input_type -> wrenn.agent.v1.RollbackSandboxRequest
+	21, // 29: wrenn.agent.v1.AgentService.ForkSandbox:input_type -> wrenn.agent.v1.ForkSandboxRequest
+	23, // 30: wrenn.agent.v1.AgentService.SaveSnapshot:input_type -> wrenn.agent.v1.SaveSnapshotRequest
+	25, // 31: wrenn.agent.v1.AgentService.DeleteSnapshot:input_type -> wrenn.agent.v1.DeleteSnapshotRequest
+	27, // 32: wrenn.agent.v1.AgentService.GetSandbox:input_type -> wrenn.agent.v1.GetSandboxRequest
+	29, // 33: wrenn.agent.v1.AgentService.ListSandboxes:input_type -> wrenn.agent.v1.ListSandboxesRequest
+	5,  // 34: wrenn.agent.v1.AgentService.CreateSandbox:output_type -> wrenn.agent.v1.CreateSandboxResponse
+	7,  // 35: wrenn.agent.v1.AgentService.DeleteSandbox:output_type -> wrenn.agent.v1.DeleteSandboxResponse
+	9,  // 36: wrenn.agent.v1.AgentService.PauseSandbox:output_type -> wrenn.agent.v1.PauseSandboxResponse
+	11, // 37: wrenn.agent.v1.AgentService.ResumeSandbox:output_type -> wrenn.agent.v1.ResumeSandboxResponse
+	14, // 38: wrenn.agent.v1.AgentService.CheckpointSandbox:output_type -> wrenn.agent.v1.CheckpointSandboxResponse
+	16, // 39: wrenn.agent.v1.AgentService.ListCheckpoints:output_type -> wrenn.agent.v1.ListCheckpointsResponse
+	18, // 40: wrenn.agent.v1.AgentService.DeleteCheckpoint:output_type -> wrenn.agent.v1.DeleteCheckpointResponse
+	20, // 41: wrenn.agent.v1.AgentService.RollbackSandbox:output_type -> wrenn.agent.v1.RollbackSandboxResponse
+	22, // 42: wrenn.agent.v1.AgentService.ForkSandbox:output_type -> wrenn.agent.v1.ForkSandboxResponse
+	24, // 43: wrenn.agent.v1.AgentService.SaveSnapshot:output_type -> wrenn.agent.v1.SaveSnapshotResponse
+	26, // 44: wrenn.agent.v1.AgentService.DeleteSnapshot:output_type -> wrenn.agent.v1.DeleteSnapshotResponse
+	28, // 45: wrenn.agent.v1.AgentService.GetSandbox:output_type -> wrenn.agent.v1.GetSandboxResponse
+	30, // 46: wrenn.agent.v1.AgentService.ListSandboxes:output_type -> wrenn.agent.v1.ListSandboxesResponse
+	34, // [34:47] is the sub-list for method output_type
+	21, // [21:34] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_wrenn_agent_v1_agent_proto_init() }
@@ -1040,13 +2224,17 @@ func file_wrenn_agent_v1_agent_proto_init() {
 	if File_wrenn_agent_v1_agent_proto != nil {
 		return
 	}
+	file_wrenn_agent_v1_agent_proto_msgTypes[2].OneofWrappers = []any{
+		(*Source_SnapshotId)(nil),
+		(*Source_Checkpoint)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wrenn_agent_v1_agent_proto_rawDesc), len(file_wrenn_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   14,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -53,6 +53,27 @@ const (
 	// AgentServiceResumeSandboxProcedure is the fully-qualified name of the AgentService's
 	// ResumeSandbox RPC.
 	AgentServiceResumeSandboxProcedure = "/wrenn.agent.v1.AgentService/ResumeSandbox"
+	// AgentServiceCheckpointSandboxProcedure is the fully-qualified name of the AgentService's
+	// CheckpointSandbox RPC.
+	AgentServiceCheckpointSandboxProcedure = "/wrenn.agent.v1.AgentService/CheckpointSandbox"
+	// AgentServiceListCheckpointsProcedure is the fully-qualified name of the AgentService's
+	// ListCheckpoints RPC.
+	AgentServiceListCheckpointsProcedure = "/wrenn.agent.v1.AgentService/ListCheckpoints"
+	// AgentServiceDeleteCheckpointProcedure is the fully-qualified name of the AgentService's
+	// DeleteCheckpoint RPC.
+	AgentServiceDeleteCheckpointProcedure = "/wrenn.agent.v1.AgentService/DeleteCheckpoint"
+	// AgentServiceRollbackSandboxProcedure is the fully-qualified name of the AgentService's
+	// RollbackSandbox RPC.
+	AgentServiceRollbackSandboxProcedure = "/wrenn.agent.v1.AgentService/RollbackSandbox"
+	// AgentServiceForkSandboxProcedure is the fully-qualified name of the AgentService's ForkSandbox
+	// RPC.
+	AgentServiceForkSandboxProcedure = "/wrenn.agent.v1.AgentService/ForkSandbox"
+	// AgentServiceSaveSnapshotProcedure is the fully-qualified name of the AgentService's SaveSnapshot
+	// RPC.
+	AgentServiceSaveSnapshotProcedure = "/wrenn.agent.v1.AgentService/SaveSnapshot"
+	// AgentServiceDeleteSnapshotProcedure is the fully-qualified name of the AgentService's
+	// DeleteSnapshot RPC.
+	AgentServiceDeleteSnapshotProcedure = "/wrenn.agent.v1.AgentService/DeleteSnapshot"
 	// AgentServiceGetSandboxProcedure is the fully-qualified name of the AgentService's GetSandbox RPC.
 	AgentServiceGetSandboxProcedure = "/wrenn.agent.v1.AgentService/GetSandbox"
 	// AgentServiceListSandboxesProcedure is the fully-qualified name of the AgentService's
@@ -71,6 +92,20 @@ type AgentServiceClient interface {
 	PauseSandbox(context.Context, *connect.Request[agentv1.PauseSandboxRequest]) (*connect.Response[agentv1.PauseSandboxResponse], error)
 	// ResumeSandbox answers when the guest agent is ready again. A resume that fails leaves it paused.
 	ResumeSandbox(context.Context, *connect.Request[agentv1.ResumeSandboxRequest]) (*connect.Response[agentv1.ResumeSandboxResponse], error)
+	// CheckpointSandbox saves the moment of a running or paused sandbox, which goes on as it was.
+	CheckpointSandbox(context.Context, *connect.Request[agentv1.CheckpointSandboxRequest]) (*connect.Response[agentv1.CheckpointSandboxResponse], error)
+	ListCheckpoints(context.Context, *connect.Request[agentv1.ListCheckpointsRequest]) (*connect.Response[agentv1.ListCheckpointsResponse], error)
+	// DeleteCheckpoint never breaks what descends from it. Deleting what is not there succeeds.
+	DeleteCheckpoint(context.Context, *connect.Request[agentv1.DeleteCheckpointRequest]) (*connect.Response[agentv1.DeleteCheckpointResponse], error)
+	// RollbackSandbox takes a running or paused sandbox back to a checkpoint of its own, in place; it then
+	// runs. One that fails leaves the sandbox as it was, or paused with the state it had.
+	RollbackSandbox(context.Context, *connect.Request[agentv1.RollbackSandboxRequest]) (*connect.Response[agentv1.RollbackSandboxResponse], error)
+	// ForkSandbox makes children of the moment of a running or paused sandbox, which goes on as it was.
+	ForkSandbox(context.Context, *connect.Request[agentv1.ForkSandboxRequest]) (*connect.Response[agentv1.ForkSandboxResponse], error)
+	// SaveSnapshot keeps the moment of a sandbox apart from it, to create others from.
+	SaveSnapshot(context.Context, *connect.Request[agentv1.SaveSnapshotRequest]) (*connect.Response[agentv1.SaveSnapshotResponse], error)
+	// DeleteSnapshot never breaks what was created from it. Deleting what is not there succeeds.
+	DeleteSnapshot(context.Context, *connect.Request[agentv1.DeleteSnapshotRequest]) (*connect.Response[agentv1.DeleteSnapshotResponse], error)
 	GetSandbox(context.Context, *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error)
 	// ListSandboxes is one consistent snapshot of all sandboxes of the host.
 	ListSandboxes(context.Context, *connect.Request[agentv1.ListSandboxesRequest]) (*connect.Response[agentv1.ListSandboxesResponse], error)
@@ -111,6 +146,48 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(agentServiceMethods.ByName("ResumeSandbox")),
 			connect.WithClientOptions(opts...),
 		),
+		checkpointSandbox: connect.NewClient[agentv1.CheckpointSandboxRequest, agentv1.CheckpointSandboxResponse](
+			httpClient,
+			baseURL+AgentServiceCheckpointSandboxProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("CheckpointSandbox")),
+			connect.WithClientOptions(opts...),
+		),
+		listCheckpoints: connect.NewClient[agentv1.ListCheckpointsRequest, agentv1.ListCheckpointsResponse](
+			httpClient,
+			baseURL+AgentServiceListCheckpointsProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("ListCheckpoints")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteCheckpoint: connect.NewClient[agentv1.DeleteCheckpointRequest, agentv1.DeleteCheckpointResponse](
+			httpClient,
+			baseURL+AgentServiceDeleteCheckpointProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("DeleteCheckpoint")),
+			connect.WithClientOptions(opts...),
+		),
+		rollbackSandbox: connect.NewClient[agentv1.RollbackSandboxRequest, agentv1.RollbackSandboxResponse](
+			httpClient,
+			baseURL+AgentServiceRollbackSandboxProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("RollbackSandbox")),
+			connect.WithClientOptions(opts...),
+		),
+		forkSandbox: connect.NewClient[agentv1.ForkSandboxRequest, agentv1.ForkSandboxResponse](
+			httpClient,
+			baseURL+AgentServiceForkSandboxProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("ForkSandbox")),
+			connect.WithClientOptions(opts...),
+		),
+		saveSnapshot: connect.NewClient[agentv1.SaveSnapshotRequest, agentv1.SaveSnapshotResponse](
+			httpClient,
+			baseURL+AgentServiceSaveSnapshotProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("SaveSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteSnapshot: connect.NewClient[agentv1.DeleteSnapshotRequest, agentv1.DeleteSnapshotResponse](
+			httpClient,
+			baseURL+AgentServiceDeleteSnapshotProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("DeleteSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
 		getSandbox: connect.NewClient[agentv1.GetSandboxRequest, agentv1.GetSandboxResponse](
 			httpClient,
 			baseURL+AgentServiceGetSandboxProcedure,
@@ -128,12 +205,19 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 
 // agentServiceClient implements AgentServiceClient.
 type agentServiceClient struct {
-	createSandbox *connect.Client[agentv1.CreateSandboxRequest, agentv1.CreateSandboxResponse]
-	deleteSandbox *connect.Client[agentv1.DeleteSandboxRequest, agentv1.DeleteSandboxResponse]
-	pauseSandbox  *connect.Client[agentv1.PauseSandboxRequest, agentv1.PauseSandboxResponse]
-	resumeSandbox *connect.Client[agentv1.ResumeSandboxRequest, agentv1.ResumeSandboxResponse]
-	getSandbox    *connect.Client[agentv1.GetSandboxRequest, agentv1.GetSandboxResponse]
-	listSandboxes *connect.Client[agentv1.ListSandboxesRequest, agentv1.ListSandboxesResponse]
+	createSandbox     *connect.Client[agentv1.CreateSandboxRequest, agentv1.CreateSandboxResponse]
+	deleteSandbox     *connect.Client[agentv1.DeleteSandboxRequest, agentv1.DeleteSandboxResponse]
+	pauseSandbox      *connect.Client[agentv1.PauseSandboxRequest, agentv1.PauseSandboxResponse]
+	resumeSandbox     *connect.Client[agentv1.ResumeSandboxRequest, agentv1.ResumeSandboxResponse]
+	checkpointSandbox *connect.Client[agentv1.CheckpointSandboxRequest, agentv1.CheckpointSandboxResponse]
+	listCheckpoints   *connect.Client[agentv1.ListCheckpointsRequest, agentv1.ListCheckpointsResponse]
+	deleteCheckpoint  *connect.Client[agentv1.DeleteCheckpointRequest, agentv1.DeleteCheckpointResponse]
+	rollbackSandbox   *connect.Client[agentv1.RollbackSandboxRequest, agentv1.RollbackSandboxResponse]
+	forkSandbox       *connect.Client[agentv1.ForkSandboxRequest, agentv1.ForkSandboxResponse]
+	saveSnapshot      *connect.Client[agentv1.SaveSnapshotRequest, agentv1.SaveSnapshotResponse]
+	deleteSnapshot    *connect.Client[agentv1.DeleteSnapshotRequest, agentv1.DeleteSnapshotResponse]
+	getSandbox        *connect.Client[agentv1.GetSandboxRequest, agentv1.GetSandboxResponse]
+	listSandboxes     *connect.Client[agentv1.ListSandboxesRequest, agentv1.ListSandboxesResponse]
 }
 
 // CreateSandbox calls wrenn.agent.v1.AgentService.CreateSandbox.
@@ -154,6 +238,41 @@ func (c *agentServiceClient) PauseSandbox(ctx context.Context, req *connect.Requ
 // ResumeSandbox calls wrenn.agent.v1.AgentService.ResumeSandbox.
 func (c *agentServiceClient) ResumeSandbox(ctx context.Context, req *connect.Request[agentv1.ResumeSandboxRequest]) (*connect.Response[agentv1.ResumeSandboxResponse], error) {
 	return c.resumeSandbox.CallUnary(ctx, req)
+}
+
+// CheckpointSandbox calls wrenn.agent.v1.AgentService.CheckpointSandbox.
+func (c *agentServiceClient) CheckpointSandbox(ctx context.Context, req *connect.Request[agentv1.CheckpointSandboxRequest]) (*connect.Response[agentv1.CheckpointSandboxResponse], error) {
+	return c.checkpointSandbox.CallUnary(ctx, req)
+}
+
+// ListCheckpoints calls wrenn.agent.v1.AgentService.ListCheckpoints.
+func (c *agentServiceClient) ListCheckpoints(ctx context.Context, req *connect.Request[agentv1.ListCheckpointsRequest]) (*connect.Response[agentv1.ListCheckpointsResponse], error) {
+	return c.listCheckpoints.CallUnary(ctx, req)
+}
+
+// DeleteCheckpoint calls wrenn.agent.v1.AgentService.DeleteCheckpoint.
+func (c *agentServiceClient) DeleteCheckpoint(ctx context.Context, req *connect.Request[agentv1.DeleteCheckpointRequest]) (*connect.Response[agentv1.DeleteCheckpointResponse], error) {
+	return c.deleteCheckpoint.CallUnary(ctx, req)
+}
+
+// RollbackSandbox calls wrenn.agent.v1.AgentService.RollbackSandbox.
+func (c *agentServiceClient) RollbackSandbox(ctx context.Context, req *connect.Request[agentv1.RollbackSandboxRequest]) (*connect.Response[agentv1.RollbackSandboxResponse], error) {
+	return c.rollbackSandbox.CallUnary(ctx, req)
+}
+
+// ForkSandbox calls wrenn.agent.v1.AgentService.ForkSandbox.
+func (c *agentServiceClient) ForkSandbox(ctx context.Context, req *connect.Request[agentv1.ForkSandboxRequest]) (*connect.Response[agentv1.ForkSandboxResponse], error) {
+	return c.forkSandbox.CallUnary(ctx, req)
+}
+
+// SaveSnapshot calls wrenn.agent.v1.AgentService.SaveSnapshot.
+func (c *agentServiceClient) SaveSnapshot(ctx context.Context, req *connect.Request[agentv1.SaveSnapshotRequest]) (*connect.Response[agentv1.SaveSnapshotResponse], error) {
+	return c.saveSnapshot.CallUnary(ctx, req)
+}
+
+// DeleteSnapshot calls wrenn.agent.v1.AgentService.DeleteSnapshot.
+func (c *agentServiceClient) DeleteSnapshot(ctx context.Context, req *connect.Request[agentv1.DeleteSnapshotRequest]) (*connect.Response[agentv1.DeleteSnapshotResponse], error) {
+	return c.deleteSnapshot.CallUnary(ctx, req)
 }
 
 // GetSandbox calls wrenn.agent.v1.AgentService.GetSandbox.
@@ -177,6 +296,20 @@ type AgentServiceHandler interface {
 	PauseSandbox(context.Context, *connect.Request[agentv1.PauseSandboxRequest]) (*connect.Response[agentv1.PauseSandboxResponse], error)
 	// ResumeSandbox answers when the guest agent is ready again. A resume that fails leaves it paused.
 	ResumeSandbox(context.Context, *connect.Request[agentv1.ResumeSandboxRequest]) (*connect.Response[agentv1.ResumeSandboxResponse], error)
+	// CheckpointSandbox saves the moment of a running or paused sandbox, which goes on as it was.
+	CheckpointSandbox(context.Context, *connect.Request[agentv1.CheckpointSandboxRequest]) (*connect.Response[agentv1.CheckpointSandboxResponse], error)
+	ListCheckpoints(context.Context, *connect.Request[agentv1.ListCheckpointsRequest]) (*connect.Response[agentv1.ListCheckpointsResponse], error)
+	// DeleteCheckpoint never breaks what descends from it. Deleting what is not there succeeds.
+	DeleteCheckpoint(context.Context, *connect.Request[agentv1.DeleteCheckpointRequest]) (*connect.Response[agentv1.DeleteCheckpointResponse], error)
+	// RollbackSandbox takes a running or paused sandbox back to a checkpoint of its own, in place; it then
+	// runs. One that fails leaves the sandbox as it was, or paused with the state it had.
+	RollbackSandbox(context.Context, *connect.Request[agentv1.RollbackSandboxRequest]) (*connect.Response[agentv1.RollbackSandboxResponse], error)
+	// ForkSandbox makes children of the moment of a running or paused sandbox, which goes on as it was.
+	ForkSandbox(context.Context, *connect.Request[agentv1.ForkSandboxRequest]) (*connect.Response[agentv1.ForkSandboxResponse], error)
+	// SaveSnapshot keeps the moment of a sandbox apart from it, to create others from.
+	SaveSnapshot(context.Context, *connect.Request[agentv1.SaveSnapshotRequest]) (*connect.Response[agentv1.SaveSnapshotResponse], error)
+	// DeleteSnapshot never breaks what was created from it. Deleting what is not there succeeds.
+	DeleteSnapshot(context.Context, *connect.Request[agentv1.DeleteSnapshotRequest]) (*connect.Response[agentv1.DeleteSnapshotResponse], error)
 	GetSandbox(context.Context, *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error)
 	// ListSandboxes is one consistent snapshot of all sandboxes of the host.
 	ListSandboxes(context.Context, *connect.Request[agentv1.ListSandboxesRequest]) (*connect.Response[agentv1.ListSandboxesResponse], error)
@@ -213,6 +346,48 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(agentServiceMethods.ByName("ResumeSandbox")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentServiceCheckpointSandboxHandler := connect.NewUnaryHandler(
+		AgentServiceCheckpointSandboxProcedure,
+		svc.CheckpointSandbox,
+		connect.WithSchema(agentServiceMethods.ByName("CheckpointSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceListCheckpointsHandler := connect.NewUnaryHandler(
+		AgentServiceListCheckpointsProcedure,
+		svc.ListCheckpoints,
+		connect.WithSchema(agentServiceMethods.ByName("ListCheckpoints")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceDeleteCheckpointHandler := connect.NewUnaryHandler(
+		AgentServiceDeleteCheckpointProcedure,
+		svc.DeleteCheckpoint,
+		connect.WithSchema(agentServiceMethods.ByName("DeleteCheckpoint")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceRollbackSandboxHandler := connect.NewUnaryHandler(
+		AgentServiceRollbackSandboxProcedure,
+		svc.RollbackSandbox,
+		connect.WithSchema(agentServiceMethods.ByName("RollbackSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceForkSandboxHandler := connect.NewUnaryHandler(
+		AgentServiceForkSandboxProcedure,
+		svc.ForkSandbox,
+		connect.WithSchema(agentServiceMethods.ByName("ForkSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceSaveSnapshotHandler := connect.NewUnaryHandler(
+		AgentServiceSaveSnapshotProcedure,
+		svc.SaveSnapshot,
+		connect.WithSchema(agentServiceMethods.ByName("SaveSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceDeleteSnapshotHandler := connect.NewUnaryHandler(
+		AgentServiceDeleteSnapshotProcedure,
+		svc.DeleteSnapshot,
+		connect.WithSchema(agentServiceMethods.ByName("DeleteSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
 	agentServiceGetSandboxHandler := connect.NewUnaryHandler(
 		AgentServiceGetSandboxProcedure,
 		svc.GetSandbox,
@@ -235,6 +410,20 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServicePauseSandboxHandler.ServeHTTP(w, r)
 		case AgentServiceResumeSandboxProcedure:
 			agentServiceResumeSandboxHandler.ServeHTTP(w, r)
+		case AgentServiceCheckpointSandboxProcedure:
+			agentServiceCheckpointSandboxHandler.ServeHTTP(w, r)
+		case AgentServiceListCheckpointsProcedure:
+			agentServiceListCheckpointsHandler.ServeHTTP(w, r)
+		case AgentServiceDeleteCheckpointProcedure:
+			agentServiceDeleteCheckpointHandler.ServeHTTP(w, r)
+		case AgentServiceRollbackSandboxProcedure:
+			agentServiceRollbackSandboxHandler.ServeHTTP(w, r)
+		case AgentServiceForkSandboxProcedure:
+			agentServiceForkSandboxHandler.ServeHTTP(w, r)
+		case AgentServiceSaveSnapshotProcedure:
+			agentServiceSaveSnapshotHandler.ServeHTTP(w, r)
+		case AgentServiceDeleteSnapshotProcedure:
+			agentServiceDeleteSnapshotHandler.ServeHTTP(w, r)
 		case AgentServiceGetSandboxProcedure:
 			agentServiceGetSandboxHandler.ServeHTTP(w, r)
 		case AgentServiceListSandboxesProcedure:
@@ -262,6 +451,34 @@ func (UnimplementedAgentServiceHandler) PauseSandbox(context.Context, *connect.R
 
 func (UnimplementedAgentServiceHandler) ResumeSandbox(context.Context, *connect.Request[agentv1.ResumeSandboxRequest]) (*connect.Response[agentv1.ResumeSandboxResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.ResumeSandbox is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) CheckpointSandbox(context.Context, *connect.Request[agentv1.CheckpointSandboxRequest]) (*connect.Response[agentv1.CheckpointSandboxResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.CheckpointSandbox is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) ListCheckpoints(context.Context, *connect.Request[agentv1.ListCheckpointsRequest]) (*connect.Response[agentv1.ListCheckpointsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.ListCheckpoints is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) DeleteCheckpoint(context.Context, *connect.Request[agentv1.DeleteCheckpointRequest]) (*connect.Response[agentv1.DeleteCheckpointResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.DeleteCheckpoint is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) RollbackSandbox(context.Context, *connect.Request[agentv1.RollbackSandboxRequest]) (*connect.Response[agentv1.RollbackSandboxResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.RollbackSandbox is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) ForkSandbox(context.Context, *connect.Request[agentv1.ForkSandboxRequest]) (*connect.Response[agentv1.ForkSandboxResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.ForkSandbox is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) SaveSnapshot(context.Context, *connect.Request[agentv1.SaveSnapshotRequest]) (*connect.Response[agentv1.SaveSnapshotResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.SaveSnapshot is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) DeleteSnapshot(context.Context, *connect.Request[agentv1.DeleteSnapshotRequest]) (*connect.Response[agentv1.DeleteSnapshotResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.DeleteSnapshot is not implemented"))
 }
 
 func (UnimplementedAgentServiceHandler) GetSandbox(context.Context, *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error) {

@@ -1,0 +1,150 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/wrenn-sandbox/wrenn/internal/gen/agentv1"
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
+)
+
+// origin is what a new sandbox is cloned from.
+type origin struct {
+	machine machine
+	diskMB  int
+	digest  string
+	user    string
+	parent  string // the checkpoint, if it is one
+	cold    bool   // it had to be made first
+}
+
+// origin finds or makes what a create asks for.
+func (s *Sandboxes) origin(ctx context.Context, rec record, src *agentv1.Source) (origin, error) {
+	switch from := src.GetMoment().(type) {
+	case *agentv1.Source_SnapshotId:
+		return s.originMoment(rec, filepath.Join(s.snapshots, from.SnapshotId), wrenn.PrefixSnapshot, from.SnapshotId)
+	case *agentv1.Source_Checkpoint:
+		if !wrenn.ValidID(wrenn.PrefixSandbox, from.Checkpoint.GetSandboxId()) {
+			return origin{}, wrenn.Errorf(wrenn.KindInvalidRequest, "the checkpoint's sandbox has no valid id")
+		}
+		id := from.Checkpoint.GetCheckpointId()
+		dir := filepath.Join(s.dir, sandboxesDir, from.Checkpoint.SandboxId, checkpointsDir, id)
+		o, err := s.originMoment(rec, dir, wrenn.PrefixCheckpoint, id)
+		o.parent = id
+		return o, err
+	}
+	img, err := s.images.find(rec.Template)
+	if err != nil {
+		return origin{}, err
+	}
+	m, cold, err := s.template(ctx, img, rec.VCPUs, rec.MemoryMB)
+	return origin{machine: m, diskMB: img.DiskMB(), digest: img.Digest, user: img.DefaultUser, cold: cold}, err
+}
+
+// originMoment opens a saved moment. Its memory runs only in the size it was saved in.
+func (s *Sandboxes) originMoment(rec record, dir, prefix, id string) (origin, error) {
+	if !wrenn.ValidID(prefix, id) {
+		return origin{}, wrenn.Errorf(wrenn.KindInvalidRequest, "%q is not the id of a saved state", id)
+	}
+	mo, err := loadMoment(dir)
+	if err != nil {
+		return origin{}, err
+	}
+	if rec.VCPUs != mo.VCPUs || rec.MemoryMB != mo.MemoryMB {
+		return origin{}, wrenn.Errorf(wrenn.KindInvalidRequest, "the saved state has %d vCPUs and %d MiB of memory; a sandbox made from it has the same", mo.VCPUs, mo.MemoryMB).
+			With("field", "memory_mb")
+	}
+	return origin{machine: mo.machine(), diskMB: mo.DiskMB, digest: mo.TemplateDigest, user: mo.User}, nil
+}
+
+// moment is a saved state of a sandbox, kept apart from it: a checkpoint or a snapshot. Its directory
+// holds moment.json, written last, and a machine.
+type moment struct {
+	ID             string    `json:"id"`
+	Parent         string    `json:"parent,omitempty"`
+	CreatedAt      time.Time `json:"created_at"`
+	HasMemory      bool      `json:"has_memory"`
+	VCPUs          int       `json:"vcpus"`
+	MemoryMB       int       `json:"memory_mb"`
+	DiskMB         int       `json:"disk_mb"`
+	TemplateDigest string    `json:"template_digest"`
+	User           string    `json:"user"`
+
+	dir string
+}
+
+const (
+	checkpointsDir = "checkpoints" // in a sandbox's directory
+	momentFile     = "moment.json"
+)
+
+func (mo *moment) machine() machine { return machine(filepath.Join(mo.dir, machineDir)) }
+
+func loadMoment(dir string) (*moment, error) {
+	raw, err := os.ReadFile(filepath.Join(dir, momentFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, wrenn.Errorf(wrenn.KindNotFound, "this host has no saved state %s", filepath.Base(dir))
+	}
+	if err != nil {
+		return nil, err
+	}
+	mo := &moment{dir: dir}
+	if err := json.Unmarshal(raw, mo); err != nil {
+		return nil, fmt.Errorf("saved state %s: %w", filepath.Base(dir), err)
+	}
+	return mo, nil
+}
+
+func (mo *moment) save() error {
+	raw, err := json.MarshalIndent(mo, "", "  ")
+	if err != nil {
+		return err
+	}
+	return writeDurably(filepath.Join(mo.dir, momentFile), append(raw, '\n'))
+}
+
+func (mo *moment) report() (*agentv1.Checkpoint, error) {
+	size, own, err := mo.machine().usage()
+	if err != nil {
+		return nil, err
+	}
+	return &agentv1.Checkpoint{
+		Id: mo.ID, ParentId: mo.Parent, CreatedAt: timestamp(mo.CreatedAt), HasMemory: mo.HasMemory,
+		SizeBytes: uint64(size), OwnBytes: uint64(own),
+	}, nil
+}
+
+// listMoments gives the whole moments below a directory.
+func listMoments(dir string) ([]*moment, error) {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var all []*moment
+	for _, e := range entries {
+		if strings.HasSuffix(e.Name(), unfinished) {
+			continue
+		}
+		mo, err := loadMoment(filepath.Join(dir, e.Name()))
+		if wrenn.KindOf(err) == wrenn.KindNotFound {
+			continue // being removed
+		}
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, mo)
+	}
+	return all, nil
+}
+
+// unfinished ends the name of a directory that is being written.
+const unfinished = ".new"
