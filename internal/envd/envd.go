@@ -45,6 +45,7 @@ func Run(ctx context.Context, args []string, _ []string, _ io.Reader, stdout, st
 	listen := flags.String("listen", net.JoinHostPort("0.0.0.0", strconv.Itoa(routes.Port)), "address to serve on")
 	state := flags.String("state", stateFile, "file that keeps what /init set; empty: memory only")
 	groups := flags.String("cgroup", cgroup.Root, "cgroup v2 file system for user processes; empty: none")
+	guest := flags.Bool("guest", false, "this is the guest's own agent: it may set the clock, the host name and the like")
 	showVersion := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -69,7 +70,11 @@ func Run(ctx context.Context, args []string, _ []string, _ io.Reader, stdout, st
 	if err != nil {
 		return fmt.Errorf("listen: %w", err)
 	}
-	return serve(ctx, lis, New(Config{Settings: set, Users: account.System(), Cgroups: tree, Log: log}))
+	cfg := Config{Settings: set, Users: account.System(), Cgroups: tree, Log: log}
+	if *guest {
+		cfg.Machine = boot.Machine{}
+	}
+	return serve(ctx, lis, New(cfg))
 }
 
 // serve answers until ctx ends.

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/envd/boot"
+	"github.com/wrenn-sandbox/wrenn/internal/envd/cgroup"
 	"github.com/wrenn-sandbox/wrenn/internal/envd/settings"
 )
 
@@ -113,7 +114,7 @@ func (s *server) init(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
-	if err := boot.Assume(id); err != nil {
+	if err := s.assume(id); err != nil {
 		s.Log.Error("init failed", "error", err)
 		writeError(w, http.StatusInternalServerError, "the guest could not take its identity")
 		return
@@ -123,7 +124,23 @@ func (s *server) init(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusInternalServerError, "the settings could not be kept")
 		return
 	}
+	// Last: user code goes on only in the guest that this now is.
+	if err := s.Cgroups.Thaw(); err != nil && !errors.Is(err, cgroup.ErrBusy) {
+		s.Log.Warn("user processes could not be thawed", "error", err)
+	}
 	w.WriteHeader(http.StatusNoContent)
+}
+
+// assume gives the guest its identity. A file system still frozen for a snapshot is thawed first, or the
+// new names could not be written.
+func (s *server) assume(id boot.Identity) error {
+	if s.Machine == nil {
+		return nil
+	}
+	if err := s.Machine.ThawFS(); err != nil {
+		return err
+	}
+	return s.Machine.Assume(id)
 }
 
 // apply merges what the body sets; what it leaves out stays.

@@ -8,10 +8,13 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/wrenn-sandbox/wrenn/internal/envd/account"
+	"github.com/wrenn-sandbox/wrenn/internal/envd/boot"
 	"github.com/wrenn-sandbox/wrenn/internal/envd/cgroup"
+	"github.com/wrenn-sandbox/wrenn/internal/envd/files"
 	"github.com/wrenn-sandbox/wrenn/internal/envd/process"
 	"github.com/wrenn-sandbox/wrenn/internal/envd/routes"
 	"github.com/wrenn-sandbox/wrenn/internal/envd/settings"
+	"github.com/wrenn-sandbox/wrenn/internal/gen/filesystem/filesystemconnect"
 	"github.com/wrenn-sandbox/wrenn/internal/gen/process/processconnect"
 )
 
@@ -23,12 +26,22 @@ type Config struct {
 	Settings *settings.Store
 	Users    account.Database
 	Cgroups  *cgroup.Tree // nil: user processes get no cgroups
+	Machine  Machine      // nil: the agent does not run in a guest of its own
 	Log      *slog.Logger
+}
+
+// Machine is the guest as a whole. boot.Machine is the real one.
+type Machine interface {
+	Assume(boot.Identity) error
+	PowerOff() error
+	FreezeFS() error
+	ThawFS() error
 }
 
 // server answers the small routes.
 type server struct {
 	Config
+	cpu cpuMeter
 }
 
 // New makes the handler of the whole agent.
@@ -41,9 +54,21 @@ func New(cfg Config) http.Handler {
 	}
 	mux := http.NewServeMux()
 	mux.Handle(processconnect.NewProcessHandler(process.NewService(cfg.Users, cfg.Settings, cfg.Cgroups, cfg.Log), rpc...))
+	store := files.NewService(cfg.Users, cfg.Settings)
+	mux.Handle(filesystemconnect.NewFilesystemHandler(store, rpc...))
+	mux.HandleFunc("GET "+routes.Files, store.Download)
+	mux.HandleFunc("POST "+routes.Files, store.Upload)
+	mux.HandleFunc("POST "+routes.Compose, store.Compose)
 	mux.HandleFunc("GET "+routes.Health, s.health)
-	mux.HandleFunc("POST "+routes.Init, s.init)
+	mux.HandleFunc("GET "+routes.Metrics, s.metrics)
 	mux.HandleFunc("GET "+routes.Envs, s.envs)
+	mux.HandleFunc("POST "+routes.Init, s.init)
+	mux.HandleFunc("POST "+routes.Freeze, s.freeze)
+	mux.HandleFunc("POST "+routes.Unfreeze, s.unfreeze)
+	mux.HandleFunc("POST "+routes.FSFreeze, s.machine(Machine.FreezeFS))
+	mux.HandleFunc("POST "+routes.FSThaw, s.machine(Machine.ThawFS))
+	mux.HandleFunc("POST "+routes.Collapse, s.collapse)
+	mux.HandleFunc("POST "+routes.Shutdown, s.machine(Machine.PowerOff))
 	return s.admit(mux)
 }
 

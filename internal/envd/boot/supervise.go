@@ -56,7 +56,7 @@ func startAgent() (int, error) {
 		Dir: "/", Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "GOTRACEBACK=single"},
 		Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Setsid: true},
 	}
-	return syscall.ForkExec(Self, []string{"envd"}, attr)
+	return syscall.ForkExec(Self, []string{"envd", "-guest"}, attr)
 }
 
 // reap collects all children that ended, and tells whether pid was one of them.
@@ -91,6 +91,3 @@ func powerOff(console io.Writer) error {
 	}
 	return unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 }
-
-// PowerOff asks init to power the guest off.
-func PowerOff() error { return unix.Kill(1, unix.SIGTERM) }

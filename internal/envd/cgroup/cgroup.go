@@ -37,6 +37,9 @@ type Tree struct {
 
 	mu    sync.Mutex
 	stale []*Group // ended, but something the process left behind still ran in them
+
+	freezing sync.Mutex
+	frozen   map[string]bool // directories that Freeze stopped
 }
 
 // Open makes the tree below root, a mounted cgroup2 file system. reserve is the memory in bytes that user
@@ -49,7 +52,7 @@ func Open(root string, reserve uint64) (*Tree, error) {
 	if st.Type != unix.CGROUP2_SUPER_MAGIC {
 		return nil, fmt.Errorf("%s is not a cgroup v2 file system", root)
 	}
-	t := &Tree{dir: filepath.Join(root, "wrenn")}
+	t := &Tree{dir: filepath.Join(root, "wrenn"), frozen: map[string]bool{}}
 	for _, d := range []string{t.dir, filepath.Join(t.dir, string(User)), filepath.Join(t.dir, string(PTY))} {
 		if err := os.Mkdir(d, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 			return nil, fmt.Errorf("make cgroup: %w", err)

@@ -86,8 +86,10 @@ func (p *Proc) killTree() error {
 	if p.group.Kill() {
 		return nil
 	}
+	// The leader first, or it would see its children die and go on. Its session keeps its number.
+	err := unix.Kill(p.pid, unix.SIGKILL)
 	killSession(p.pid)
-	return unix.Kill(p.pid, unix.SIGKILL)
+	return err
 }
 
 // expire is called when the time limit is over.
