@@ -60,12 +60,12 @@ func Open(home string, want Config, p Progress) (*Stack, error) {
 			return nil, fmt.Errorf("%s is damaged: %w; `wrenn reset` begins anew", s.path("stack.json"), err)
 		}
 	}
-	s.config = s.config.with(want)
+	s.config = s.config.with(want, home)
 	return s, nil
 }
 
 // with gives c with the non-zero fields of want, and defaults for what neither has.
-func (c Config) with(want Config) Config {
+func (c Config) with(want Config, home string) Config {
 	pick := func(to *string, v, fallback string) {
 		if v != "" {
 			*to = v
@@ -86,8 +86,8 @@ func (c Config) with(want Config) Config {
 	pickInt(&c.AgentPort, want.AgentPort, DefaultAgentPort)
 	pick(&c.Egress, want.Egress, DefaultEgress)
 	pick(&c.Bin, want.Bin, "")
-	pick(&c.Kernel, want.Kernel, "")
-	pick(&c.Images, want.Images, "")
+	pick(&c.Kernel, want.Kernel, filepath.Join(home, "kernels", "vmlinuz"))
+	pick(&c.Images, want.Images, filepath.Join(home, "images"))
 	pick(&c.VolumeSize, want.VolumeSize, "")
 	return c
 }
