@@ -150,8 +150,10 @@ func (s *Sandboxes) attach(sb *sandbox, slot *network.Slot, handle vm.Handle) {
 	sb.guest = guest.New(network.GuestIP, slot.DialContext)
 	sb.mu.Unlock()
 	go func() {
-		if err := s.driver.Wait(context.Background(), handle); err != nil {
-			s.log.Error("cannot watch a VM", "sandbox", sb.id, "err", err)
+		if err := s.driver.Wait(s.life, handle); err != nil {
+			if s.life.Err() == nil {
+				s.log.Error("cannot watch a VM", "sandbox", sb.id, "err", err)
+			}
 			return
 		}
 		close(gone)
@@ -172,7 +174,7 @@ func (s *Sandboxes) detach(sb *sandbox) {
 // ended handles a VM that ended without being asked to: the guest powered off, or the VMM died. The
 // disk is all that is left, so the sandbox is paused without memory; it is not lost.
 func (s *Sandboxes) ended(sb *sandbox, gone chan struct{}) {
-	err := sb.do(context.Background(), wrenn.NewID(wrenn.PrefixOperation), func(ctx context.Context) error {
+	err := sb.do(s.life, wrenn.NewID(wrenn.PrefixOperation), func(ctx context.Context) error {
 		sb.mu.Lock()
 		current := sb.gone == gone && !sb.forget && sb.rec.State == wrenn.SandboxRunning
 		sb.mu.Unlock()

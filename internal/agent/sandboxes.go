@@ -44,6 +44,7 @@ type Sandboxes struct {
 
 	snapshots string // where SaveSnapshot puts moments; on the file system of dir
 
+	life      context.Context // ends when this agent gives the host up; nothing is watched any more
 	templates templates
 
 	mu       sync.Mutex

@@ -26,6 +26,7 @@ type host struct {
 	net       *network.Pool
 	sandboxes *Sandboxes
 	unlock    func()
+	end       context.CancelFunc
 }
 
 // openHost makes the host ready and takes over what runs on it.
@@ -53,13 +54,15 @@ func openHost(ctx context.Context, cfg Config, log *slog.Logger) (*host, error) 
 		unlock()
 		return nil, err
 	}
+	life, end := context.WithCancel(context.WithoutCancel(ctx))
 	s := &Sandboxes{
+		life:   life,
 		driver: driver, store: store, net: pool, images: &images{dir: cfg.Images, store: store, log: log},
 		kernel: cfg.Kernel, initrd: cfg.Initrd, egress: cfg.Egress, dir: cfg.Sandboxes, snapshots: cfg.Snapshots, log: log,
 		templates: templates{pending: map[string]*preparation{}},
 		byID:      map[string]*sandbox{}, changed: make(chan struct{}, 1),
 	}
-	h := &host{cfg: cfg, store: store, net: pool, sandboxes: s, unlock: unlock}
+	h := &host{cfg: cfg, store: store, net: pool, sandboxes: s, unlock: unlock, end: end}
 	if err := s.adopt(ctx, cfg); err != nil {
 		h.Close()
 		return nil, err
@@ -69,6 +72,7 @@ func openHost(ctx context.Context, cfg Config, log *slog.Logger) (*host, error) 
 
 // Close leaves VMs and their networks as they are.
 func (h *host) Close() {
+	h.end()
 	h.net.Close()
 	h.unlock()
 }

@@ -52,12 +52,11 @@ type qmpMessage struct {
 func connect(ctx context.Context, socket string) (*monitor, error) {
 	ctx, cancel := context.WithTimeout(ctx, qmpTimeout)
 	defer cancel()
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", socket)
+	conn, err := dialUnix(socket)
 	if err != nil {
 		return nil, err
 	}
-	m := &monitor{conn: conn.(*net.UnixConn), in: bufio.NewReaderSize(conn, 8<<10)}
+	m := &monitor{conn: conn, in: bufio.NewReaderSize(conn, 8<<10)}
 	greeting, err := m.guarded(ctx, m.read)
 	if err == nil && greeting.QMP == nil {
 		err = errors.New("no QMP greeting")

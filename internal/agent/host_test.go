@@ -1,0 +1,183 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-sandbox/wrenn/internal/agent/network"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
+	"github.com/wrenn-sandbox/wrenn/internal/gen/agentv1"
+	"github.com/wrenn-sandbox/wrenn/internal/gen/process"
+	"github.com/wrenn-sandbox/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
+)
+
+// testConfig is an agent on this machine in a directory of its own, or a reason to skip.
+func testConfig(t *testing.T) Config {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: virtual machines get namespaces, mounts and cgroups")
+	}
+	env := map[string]string{"AGENT_EGRESS": "none", "AGENT_WARM_SLOTS": "2", "AGENT_VOLUME_SIZE": "20G"}
+	for variable, from := range map[string][2]string{
+		"AGENT_KERNEL_PATH": {"WRENN_TEST_KERNEL", "../../.wrenn/kernels/vmlinuz"},
+		"AGENT_IMAGES_PATH": {"WRENN_TEST_IMAGES", "../../.wrenn/images"},
+	} {
+		if env[variable] = os.Getenv(from[0]); env[variable] == "" {
+			env[variable] = from[1]
+		}
+		if !exists(env[variable]) {
+			t.Skipf("needs %s: run `make images`", env[variable])
+		}
+	}
+	dir, err := os.MkdirTemp("", "wrenn-agent-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	env["AGENT_SANDBOXES_PATH"] = filepath.Join(dir, "sandboxes")
+	cfg, err := loadConfig(func(name string) string { return env[name] })
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_, err := killOrphans(cfg, nil)
+		if err := errors.Join(err, network.Remove(context.Background(), cfg.Instance), storage.Unmount(cfg.Sandboxes), os.RemoveAll(dir)); err != nil {
+			t.Error(err)
+		}
+	})
+	return cfg
+}
+
+// open starts an agent without its RPC; the returned function ends it as a crash would: nothing is told.
+func open(t *testing.T, cfg Config) (*Sandboxes, func()) {
+	t.Helper()
+	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelInfo}))
+	h, err := openHost(t.Context(), cfg, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	close := sync.OnceFunc(h.Close)
+	t.Cleanup(close)
+	return h.sandboxes, close
+}
+
+func request() *agentv1.CreateSandboxRequest {
+	return &agentv1.CreateSandboxRequest{
+		Id: wrenn.NewID(wrenn.PrefixSandbox), OperationId: wrenn.NewID(wrenn.PrefixOperation), Template: "minimal", Vcpus: 1, MemoryMb: 256,
+		Env: map[string]string{"COLOR": "green"},
+	}
+}
+
+func create(t *testing.T, s *Sandboxes) *agentv1.Sandbox {
+	t.Helper()
+	began := time.Now()
+	sb, err := s.Create(t.Context(), request())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("create took %v (cold %v)", time.Since(began), sb.Cold)
+	return sb
+}
+
+// shell runs a script in a sandbox as its default user and gives what it printed.
+func shell(t *testing.T, s *Sandboxes, id, script string) string {
+	t.Helper()
+	sb, err := s.get(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client, token, err := sb.running()
+	if err != nil {
+		t.Fatal(err)
+	}
+	procs := processconnect.NewProcessClient(guestHTTP{client, token}, "http://"+client.Host())
+	stream, err := procs.Start(t.Context(), connect.NewRequest(&process.StartRequest{Process: &process.ProcessConfig{Cmd: "/bin/bash", Args: []string{"-lc", script}}}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stream.Close()
+	var out strings.Builder
+	for stream.Receive() {
+		switch e := stream.Msg().Event.Event.(type) {
+		case *process.ProcessEvent_Data:
+			out.Write(e.Data.GetStdout())
+			out.Write(e.Data.GetStderr())
+		case *process.ProcessEvent_End:
+			if e.End.ExitCode != 0 {
+				t.Fatalf("%q: exit %d: %s", script, e.End.ExitCode, out.String())
+			}
+			return strings.TrimSpace(out.String())
+		}
+	}
+	t.Fatalf("%q: the stream ended: %v", script, stream.Err())
+	return ""
+}
+
+func TestLifeOfASandbox(t *testing.T) {
+	cfg := testConfig(t)
+	s, crash := open(t, cfg)
+	sb := create(t, s)
+	if got := shell(t, s, sb.Id, "echo $COLOR; id -un; hostname"); got != "green\nuser\n"+strings.TrimPrefix(sb.Id, "sb-") {
+		t.Errorf("in the sandbox: %q", got)
+	}
+	other := create(t, s)
+	if a, b := shell(t, s, sb.Id, "cat /etc/machine-id"), shell(t, s, other.Id, "cat /etc/machine-id"); a == b {
+		t.Errorf("both have machine-id %s", a)
+	}
+	shell(t, s, sb.Id, "echo kept > kept; sleep 1000 > /dev/null 2>&1 & echo $! > pid")
+
+	// The next agent takes over what runs.
+	crash()
+	s, crash = open(t, cfg)
+	if got := shell(t, s, sb.Id, "cat kept; kill -0 $(cat pid) && echo alive"); got != "kept\nalive" {
+		t.Errorf("after the agent was gone: %q", got)
+	}
+
+	pauseAndResume(t, s, sb.Id)
+	if got := shell(t, s, sb.Id, "cat kept; kill -0 $(cat pid) && echo alive"); got != "kept\nalive" {
+		t.Errorf("after a pause: %q", got)
+	}
+
+	if err := s.Delete(t.Context(), other.Id, "op-delete"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Get(other.Id); wrenn.KindOf(err) != wrenn.KindNotFound {
+		t.Errorf("after delete: %v", err)
+	}
+	left, err := filepath.Glob(filepath.Join(cfg.Sandboxes, "*", other.Id+"*"))
+	if err != nil || len(left) > 0 {
+		t.Errorf("left on disk: %v, %v", left, err)
+	}
+	crash()
+}
+
+func pauseAndResume(t *testing.T, s *Sandboxes, id string) {
+	t.Helper()
+	began := time.Now()
+	sb, err := s.Pause(t.Context(), &agentv1.PauseSandboxRequest{Id: id, OperationId: wrenn.NewID(wrenn.PrefixOperation)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("pause took %v", time.Since(began))
+	if sb.State != protoState[wrenn.SandboxPaused] || !sb.HasMemory {
+		t.Errorf("paused: %v", sb)
+	}
+	began = time.Now()
+	sb, err = s.Resume(t.Context(), id, wrenn.NewID(wrenn.PrefixOperation))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("resume took %v", time.Since(began))
+	if sb.State != protoState[wrenn.SandboxRunning] {
+		t.Errorf("resumed: %v", sb)
+	}
+}
