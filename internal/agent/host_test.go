@@ -22,7 +22,7 @@ import (
 )
 
 // testConfig is an agent on this machine in a directory of its own, or a reason to skip.
-func testConfig(t *testing.T) Config {
+func testConfig(t testing.TB) Config {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: virtual machines get namespaces, mounts and cgroups")
@@ -58,7 +58,7 @@ func testConfig(t *testing.T) Config {
 }
 
 // open starts an agent without its RPC; the returned function ends it as a crash would: nothing is told.
-func open(t *testing.T, cfg Config) (*Sandboxes, func()) {
+func open(t testing.TB, cfg Config) (*Sandboxes, func()) {
 	t.Helper()
 	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelInfo}))
 	h, err := openHost(t.Context(), cfg, log)
@@ -77,7 +77,7 @@ func request() *agentv1.CreateSandboxRequest {
 	}
 }
 
-func create(t *testing.T, s *Sandboxes) *agentv1.Sandbox {
+func create(t testing.TB, s *Sandboxes) *agentv1.Sandbox {
 	t.Helper()
 	began := time.Now()
 	sb, err := s.Create(t.Context(), request())
@@ -179,5 +179,23 @@ func pauseAndResume(t *testing.T, s *Sandboxes, id string) {
 	t.Logf("resume took %v", time.Since(began))
 	if sb.State != protoState[wrenn.SandboxRunning] {
 		t.Errorf("resumed: %v", sb)
+	}
+}
+
+// BenchmarkCreate measures a create from a prepared template to a guest that knows who it is.
+func BenchmarkCreate(b *testing.B) {
+	cfg := testConfig(b)
+	s, _ := open(b, cfg)
+	create(b, s)
+	for b.Loop() {
+		sb, err := s.Create(b.Context(), request())
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.StopTimer()
+		if err := s.Delete(b.Context(), sb.Id, "op"); err != nil {
+			b.Fatal(err)
+		}
+		b.StartTimer()
 	}
 }
