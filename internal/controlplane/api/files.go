@@ -1,0 +1,356 @@
+package api
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"net/http"
+	"net/url"
+	"strconv"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-sandbox/wrenn/internal/controlplane/agents"
+	gen "github.com/wrenn-sandbox/wrenn/internal/gen/api"
+	"github.com/wrenn-sandbox/wrenn/internal/gen/filesystem"
+	"github.com/wrenn-sandbox/wrenn/internal/gen/filesystem/filesystemconnect"
+	"github.com/wrenn-sandbox/wrenn/internal/rpc"
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
+)
+
+const (
+	copyBuffer    = 256 << 10
+	uploadStall   = time.Minute // an upload that stands still for so long has died
+	maxGuestReply = 1 << 20
+)
+
+// fileHeaders of the guest's answer that are passed on.
+var fileHeaders = [...]string{"Content-Length", "Content-Range", "Accept-Ranges", "Last-Modified", "ETag"}
+
+// readFile streams a file out of a sandbox.
+func (s *Server) readFile(w http.ResponseWriter, r *http.Request) {
+	g, err := s.guest(r.Context(), r.PathValue("id"))
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	res, err := s.guestFiles(r, g, r.Method, nil, 0)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusOK && res.StatusCode != http.StatusPartialContent {
+		s.failFile(w, r, res)
+		return
+	}
+	for _, h := range fileHeaders {
+		if v := res.Header.Get(h); v != "" {
+			w.Header().Set(h, v)
+		}
+	}
+	// Whatever it is, a browser shall save it, not run it under our name.
+	w.Header().Set("Content-Type", "application/octet-stream")
+	w.Header().Set("Content-Disposition", "attachment")
+	w.WriteHeader(res.StatusCode)
+	if r.Method == http.MethodHead {
+		return
+	}
+	if _, err := io.CopyBuffer(plainWriter{w}, res.Body, make([]byte, copyBuffer)); err != nil {
+		panic(http.ErrAbortHandler) // cut the connection: the answer must not look whole
+	}
+}
+
+// plainWriter hides ReadFrom, which would choose a smaller buffer.
+type plainWriter struct{ io.Writer }
+
+// writeFile streams a file into a sandbox.
+func (s *Server) writeFile(w http.ResponseWriter, r *http.Request) {
+	g, err := s.guest(r.Context(), r.PathValue("id"))
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	body := &upload{r.Body, http.NewResponseController(w)}
+	res, err := s.guestFiles(r, g, http.MethodPost, body, r.ContentLength)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	defer res.Body.Close()
+	if res.StatusCode >= 300 {
+		s.failFile(w, r, res)
+		return
+	}
+	_, _ = io.Copy(io.Discard, io.LimitReader(res.Body, maxGuestReply))
+	entry, err := s.stat(r.Context(), g, r.URL.Query().Get("path"), userParam(r))
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	writeJSON(w, http.StatusOK, entry)
+}
+
+// upload is a body that must keep moving.
+type upload struct {
+	io.ReadCloser
+	rc *http.ResponseController
+}
+
+func (u *upload) Read(p []byte) (int, error) {
+	_ = u.rc.SetReadDeadline(time.Now().Add(uploadStall)) // not every connection has deadlines
+	n, err := u.ReadCloser.Read(p)
+	if err != nil {
+		_ = u.rc.SetReadDeadline(time.Time{})
+	}
+	return n, err
+}
+
+func userParam(r *http.Request) *string {
+	if u := r.URL.Query().Get("user"); u != "" {
+		return &u
+	}
+	return nil
+}
+
+// guestFiles asks the guest's /files.
+func (s *Server) guestFiles(r *http.Request, g guest, method string, body io.Reader, length int64) (*http.Response, error) {
+	q := url.Values{"path": {r.URL.Query().Get("path")}}
+	if u := userParam(r); u != nil {
+		q.Set("username", *u)
+	}
+	req, err := http.NewRequestWithContext(r.Context(), method, agents.GuestURL(g.target, g.id)+"/files?"+q.Encode(), body)
+	if err != nil {
+		return nil, err
+	}
+	if body != nil {
+		req.ContentLength = length
+		if length == 0 {
+			req.Body = http.NoBody
+		}
+		req.Header.Set("Content-Type", "application/octet-stream")
+	}
+	if v := r.Header.Get("Range"); v != "" {
+		req.Header.Set("Range", v)
+	}
+	req.Header.Set("Accept-Encoding", "identity")
+	res, err := s.Agents.Client(g.target).Do(req)
+	if err != nil {
+		return nil, wrenn.Wrap(err, wrenn.KindHostUnavailable, "the sandbox's host cannot be reached, or the transfer was cut off; try again")
+	}
+	return res, nil
+}
+
+// fileKinds are what the guest's /files answers mean.
+var fileKinds = map[int]wrenn.Kind{
+	http.StatusBadRequest:          wrenn.KindInvalidRequest,
+	http.StatusUnauthorized:        wrenn.KindInvalidRequest, // no such user
+	http.StatusForbidden:           wrenn.KindForbidden,
+	http.StatusNotFound:            wrenn.KindNotFound,
+	http.StatusInsufficientStorage: wrenn.KindDiskFull,
+}
+
+// failFile passes an error of the guest's /files, or of the agent on the way to it, on to the user.
+func (s *Server) failFile(w http.ResponseWriter, r *http.Request, res *http.Response) {
+	var said struct {
+		Message string `json:"message"`
+	}
+	raw, _ := io.ReadAll(io.LimitReader(res.Body, maxGuestReply))
+	_ = json.Unmarshal(raw, &said)
+	said.Message = clip(said.Message, maxGuestMessage)
+	if said.Message == "" {
+		said.Message = "the sandbox answered " + strconv.Itoa(res.StatusCode)
+	}
+	if res.StatusCode == http.StatusRequestedRangeNotSatisfiable {
+		w.Header().Set("Content-Range", res.Header.Get("Content-Range"))
+		e := invalid("Range", "is not within the file")
+		note(r.Context(), e)
+		writeError(w, r, res.StatusCode, e)
+		return
+	}
+	kind, ok := fileKinds[res.StatusCode]
+	if fromAgent := wrenn.Kind(res.Header.Get(rpc.KindHeader)); fromAgent != "" {
+		kind, ok = fromAgent, true
+		if kind == wrenn.KindNotFound {
+			kind, said.Message = wrenn.KindAgentError, "the host does not have this sandbox; its state is as last known"
+		}
+	}
+	if !ok {
+		kind = wrenn.KindAgentError
+	}
+	s.fail(w, r, wrenn.Errorf(kind, "%s", said.Message))
+}
+
+// files is the guest's filesystem service, for one short call.
+func (s *Server) files(ctx context.Context, id string) (context.Context, context.CancelFunc, filesystemconnect.FilesystemClient, error) {
+	g, err := s.guest(ctx, id)
+	if err != nil {
+		return ctx, func() {}, nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, unaryLimit)
+	return ctx, cancel, s.Agents.Filesystem(g.target, g.id), nil
+}
+
+func request[T any](msg *T, user *string) *connect.Request[T] {
+	req := connect.NewRequest(msg)
+	asUser(req.Header(), user)
+	return req
+}
+
+func (s *Server) stat(ctx context.Context, g guest, path string, user *string) (gen.FileEntry, error) {
+	ctx, cancel := context.WithTimeout(ctx, unaryLimit)
+	defer cancel()
+	res, err := s.Agents.Filesystem(g.target, g.id).Stat(ctx, request(&filesystem.StatRequest{Path: path}, user))
+	if err != nil {
+		return gen.FileEntry{}, guestError(err)
+	}
+	return entryJSON(res.Msg.GetEntry()), nil
+}
+
+// StatFile implements gen.StrictServerInterface.
+func (s *Server) StatFile(ctx context.Context, req gen.StatFileRequestObject) (gen.StatFileResponseObject, error) {
+	g, err := s.guest(ctx, req.ID)
+	if err != nil {
+		return nil, err
+	}
+	entry, err := s.stat(ctx, g, req.Params.Path, req.Params.User)
+	return gen.StatFile200JSONResponse(entry), err
+}
+
+// ListFiles implements gen.StrictServerInterface.
+func (s *Server) ListFiles(ctx context.Context, req gen.ListFilesRequestObject) (gen.ListFilesResponseObject, error) {
+	ctx, cancel, fs, err := s.files(ctx, req.ID)
+	defer cancel()
+	if err != nil {
+		return nil, err
+	}
+	res, err := fs.ListDir(ctx, request(&filesystem.ListDirRequest{Path: req.Params.Path, Depth: uint32(or(req.Params.Depth, 1))}, req.Params.User))
+	if err != nil {
+		return nil, guestError(err)
+	}
+	out := gen.ListFiles200JSONResponse{Entries: make([]gen.FileEntry, 0, len(res.Msg.GetEntries()))}
+	for _, e := range res.Msg.GetEntries() {
+		out.Entries = append(out.Entries, entryJSON(e))
+	}
+	return out, nil
+}
+
+// MakeDir implements gen.StrictServerInterface.
+func (s *Server) MakeDir(ctx context.Context, req gen.MakeDirRequestObject) (gen.MakeDirResponseObject, error) {
+	ctx, cancel, fs, err := s.files(ctx, req.ID)
+	defer cancel()
+	if err != nil {
+		return nil, err
+	}
+	res, err := fs.MakeDir(ctx, request(&filesystem.MakeDirRequest{Path: req.Body.Path}, req.Body.User))
+	if err != nil {
+		return nil, guestError(err)
+	}
+	return gen.MakeDir201JSONResponse(entryJSON(res.Msg.GetEntry())), nil
+}
+
+// MoveFile implements gen.StrictServerInterface.
+func (s *Server) MoveFile(ctx context.Context, req gen.MoveFileRequestObject) (gen.MoveFileResponseObject, error) {
+	ctx, cancel, fs, err := s.files(ctx, req.ID)
+	defer cancel()
+	if err != nil {
+		return nil, err
+	}
+	res, err := fs.Move(ctx, request(&filesystem.MoveRequest{Source: req.Body.Source, Destination: req.Body.Destination}, req.Body.User))
+	if err != nil {
+		return nil, guestError(err)
+	}
+	return gen.MoveFile200JSONResponse(entryJSON(res.Msg.GetEntry())), nil
+}
+
+// RemoveFile implements gen.StrictServerInterface.
+func (s *Server) RemoveFile(ctx context.Context, req gen.RemoveFileRequestObject) (gen.RemoveFileResponseObject, error) {
+	ctx, cancel, fs, err := s.files(ctx, req.ID)
+	defer cancel()
+	if err != nil {
+		return nil, err
+	}
+	if _, err := fs.Remove(ctx, request(&filesystem.RemoveRequest{Path: req.Params.Path}, req.Params.User)); err != nil {
+		return nil, guestError(err)
+	}
+	return gen.RemoveFile204Response{}, nil
+}
+
+// watchFiles streams the changes of a directory over a WebSocket.
+func (s *Server) watchFiles(w http.ResponseWriter, r *http.Request) {
+	g, err := s.guest(r.Context(), r.PathValue("id"))
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	k, ok := s.upgrade(w, r)
+	if !ok {
+		return
+	}
+	q := r.URL.Query()
+	recursive, _ := strconv.ParseBool(q.Get("recursive")) // checked against the contract
+	k.end(func() error {
+		go func() { // the client says nothing; reading tells when it leaves
+			_, _, _ = k.conn.Read(k.ctx)
+			k.stop()
+		}()
+		stream, err := s.Agents.Filesystem(g.target, g.id).WatchDir(k.ctx, request(&filesystem.WatchDirRequest{Path: q.Get("path"), Recursive: recursive}, userParam(r)))
+		if err != nil {
+			return guestError(err)
+		}
+		defer stream.Close()
+		for stream.Receive() {
+			if m, ok := watchMessage(stream.Msg()); ok {
+				if err := k.send(m); err != nil {
+					return nil
+				}
+			}
+		}
+		if err := stream.Err(); err != nil {
+			return guestError(err)
+		}
+		return wrenn.Errorf(wrenn.KindAgentError, "the watch ended; connect again")
+	}())
+}
+
+var watchEvents = map[filesystem.EventType]gen.WatchMessageEvent{
+	filesystem.EventType_EVENT_TYPE_CREATE: gen.WatchMessageEventCreate,
+	filesystem.EventType_EVENT_TYPE_WRITE:  gen.WatchMessageEventWrite,
+	filesystem.EventType_EVENT_TYPE_REMOVE: gen.WatchMessageEventRemove,
+	filesystem.EventType_EVENT_TYPE_RENAME: gen.WatchMessageEventRename,
+	filesystem.EventType_EVENT_TYPE_CHMOD:  gen.WatchMessageEventChmod,
+}
+
+func watchMessage(m *filesystem.WatchDirResponse) (gen.WatchMessage, bool) {
+	switch ev := m.GetEvent().(type) {
+	case *filesystem.WatchDirResponse_Start:
+		return gen.WatchMessage{Type: gen.WatchMessageTypeStart}, true
+	case *filesystem.WatchDirResponse_Filesystem:
+		kind, ok := watchEvents[ev.Filesystem.GetType()]
+		name := ev.Filesystem.GetName()
+		return gen.WatchMessage{Type: gen.WatchMessageTypeEvent, Event: &kind, Name: &name}, ok
+	}
+	return gen.WatchMessage{}, false
+}
+
+var entryTypes = map[filesystem.FileType]gen.FileEntryType{
+	filesystem.FileType_FILE_TYPE_FILE:      gen.FileEntryTypeFile,
+	filesystem.FileType_FILE_TYPE_DIRECTORY: gen.FileEntryTypeDirectory,
+	filesystem.FileType_FILE_TYPE_SYMLINK:   gen.FileEntryTypeSymlink,
+}
+
+func entryJSON(e *filesystem.EntryInfo) gen.FileEntry {
+	out := gen.FileEntry{
+		Name: e.GetName(), Type: gen.FileEntryTypeOther, Path: e.GetPath(), Size: e.GetSize(), Mode: int64(e.GetMode()),
+		Permissions: e.GetPermissions(), Owner: e.GetOwner(), Group: e.GetGroup(), SymlinkTarget: e.SymlinkTarget,
+	}
+	if t, ok := entryTypes[e.GetType()]; ok {
+		out.Type = t
+	}
+	if e.GetModifiedTime() != nil {
+		at := e.GetModifiedTime().AsTime()
+		out.ModifiedAt = &at
+	}
+	return out
+}

@@ -1,0 +1,77 @@
+package api
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"net/http"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-sandbox/wrenn/internal/controlplane/agents"
+	"github.com/wrenn-sandbox/wrenn/internal/controlplane/auth"
+	"github.com/wrenn-sandbox/wrenn/internal/controlplane/store"
+	"github.com/wrenn-sandbox/wrenn/internal/rpc"
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
+)
+
+// guest is a running sandbox of the team that asks, and the way to it.
+type guest struct {
+	id     string
+	target agents.Target
+}
+
+// guest finds the way into a sandbox; it must run, and its host must be there.
+func (s *Server) guest(ctx context.Context, id string) (guest, error) {
+	row, err := s.st.Team(auth.From(ctx).TeamID).SandboxRoute(ctx, id)
+	switch {
+	case store.IsNotFound(err):
+		return guest{}, notFound("sandbox")
+	case err != nil:
+		return guest{}, err
+	case row.Status != string(wrenn.SandboxRunning):
+		return guest{}, wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is %s, not running", row.Status).With("status", row.Status)
+	case !row.HostOnline || row.Address == nil || !row.MTLSEnabled:
+		return guest{}, wrenn.Errorf(wrenn.KindHostUnavailable, "the sandbox's host cannot be reached now; the sandbox itself is not lost; try again").With("host_id", row.HostID)
+	}
+	return guest{row.ID, agents.Target{HostID: row.HostID, Address: *row.Address, Fingerprint: row.CertFingerprint}}, nil
+}
+
+// asUser names the user in the guest; empty is the sandbox's default.
+func asUser(h http.Header, user *string) {
+	if user != nil && *user != "" {
+		h.Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(*user+":")))
+	}
+}
+
+// guestKinds are what errors of the guest agent mean to the one who asked.
+var guestKinds = map[connect.Code]wrenn.Kind{
+	connect.CodeInvalidArgument:    wrenn.KindInvalidRequest,
+	connect.CodeUnauthenticated:    wrenn.KindInvalidRequest, // no such user
+	connect.CodeNotFound:           wrenn.KindNotFound,
+	connect.CodeAlreadyExists:      wrenn.KindAlreadyExists,
+	connect.CodePermissionDenied:   wrenn.KindForbidden,
+	connect.CodeFailedPrecondition: wrenn.KindInvalidState,
+	connect.CodeResourceExhausted:  wrenn.KindDiskFull,
+	connect.CodeUnimplemented:      wrenn.KindNotImplemented,
+}
+
+const maxGuestMessage = 512
+
+// guestError turns a failure of a call into a guest into ours. The guest is the caller's own, so its words may
+// be shown; an error of the agent on the way is told from the guest's by its kind.
+func guestError(err error) error {
+	var ce *connect.Error
+	if !errors.As(err, &ce) || ce.Meta().Get(rpc.KindHeader) != "" || !connect.IsWireError(err) {
+		own := rpc.FromConnect(err)
+		if wrenn.KindOf(own) == wrenn.KindNotFound {
+			return wrenn.Wrap(err, wrenn.KindAgentError, "the host does not have this sandbox; its state is as last known")
+		}
+		return own
+	}
+	kind, ok := guestKinds[ce.Code()]
+	if !ok {
+		return wrenn.Wrap(err, wrenn.KindAgentError, "the sandbox's guest agent failed: %s", clip(ce.Message(), maxGuestMessage))
+	}
+	return wrenn.Wrap(err, kind, "%s", clip(ce.Message(), maxGuestMessage))
+}
