@@ -173,7 +173,7 @@ func (s *Sandboxes) DeleteCheckpoint(ctx context.Context, id, opID, checkpointID
 		if sb.forgotten() {
 			return nil
 		}
-		return s.discardIfThere(filepath.Join(sb.dir, checkpointsDir, checkpointID))
+		return s.discard(filepath.Join(sb.dir, checkpointsDir, checkpointID))
 	})
 }
 
@@ -182,14 +182,7 @@ func (s *Sandboxes) DeleteSnapshot(snapshotID string) error {
 	if !wrenn.ValidID(wrenn.PrefixSnapshot, snapshotID) {
 		return wrenn.Errorf(wrenn.KindInvalidRequest, "%q is not the id of a snapshot", snapshotID)
 	}
-	return s.discardIfThere(filepath.Join(s.snapshots, snapshotID))
-}
-
-func (s *Sandboxes) discardIfThere(dir string) error {
-	if !exists(dir) {
-		return nil
-	}
-	return s.discard(dir)
+	return s.discard(filepath.Join(s.snapshots, snapshotID))
 }
 
 // Rollback takes a sandbox back to one of its checkpoints, in place, and lets it run. The state left
@@ -230,11 +223,11 @@ func (s *Sandboxes) rollback(ctx context.Context, sb *sandbox, mo *moment, req *
 		}
 	}
 	next := machine(sb.machine().dir() + unfinished)
-	if err := s.discardIfThere(next.dir()); err != nil {
+	if err := s.discard(next.dir()); err != nil {
 		return err
 	}
 	if err := next.cloneFrom(ctx, s.store, mo.machine()); err != nil {
-		return errors.Join(err, s.discardIfThere(next.dir()))
+		return errors.Join(err, s.discard(next.dir()))
 	}
 	if err := next.sync(); err != nil {
 		return err

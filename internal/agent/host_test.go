@@ -182,6 +182,83 @@ func pauseAndResume(t *testing.T, s *Sandboxes, id string) {
 	}
 }
 
+func TestForkCheckpointAndRollback(t *testing.T) {
+	cfg := testConfig(t)
+	s, _ := open(t, cfg)
+	parent := create(t, s)
+	shell(t, s, parent.Id, "echo first > note; sleep 1000 > /dev/null 2>&1 & echo $! > pid")
+	op := func() string { return wrenn.NewID(wrenn.PrefixOperation) }
+
+	first := wrenn.NewID(wrenn.PrefixCheckpoint)
+	began := time.Now()
+	saved, err := s.Checkpoint(t.Context(), parent.Id, op(), first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("checkpoint took %v: %v", time.Since(began), saved)
+	if !saved.HasMemory || saved.SizeBytes == 0 || saved.OwnBytes > saved.SizeBytes {
+		t.Errorf("checkpoint: %v", saved)
+	}
+	shell(t, s, parent.Id, "echo second > note")
+
+	began = time.Now()
+	children := []*agentv1.ForkSandboxRequest_Child{
+		{Id: wrenn.NewID(wrenn.PrefixSandbox), OperationId: op()}, {Id: wrenn.NewID(wrenn.PrefixSandbox), OperationId: op()},
+	}
+	results, err := s.Fork(t.Context(), &agentv1.ForkSandboxRequest{Id: parent.Id, OperationId: op(), Children: children})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("fork into %d took %v", len(children), time.Since(began))
+	identities := map[string]bool{shell(t, s, parent.Id, "cat /etc/machine-id; hostname"): true}
+	for i, r := range results {
+		if r.Sandbox == nil {
+			t.Fatalf("child %d: %s", i, r.ErrorMessage)
+		}
+		if got := shell(t, s, r.Sandbox.Id, "cat note; kill -0 $(cat pid) && echo alive"); got != "second\nalive" {
+			t.Errorf("child %d: %q", i, got)
+		}
+		identities[shell(t, s, r.Sandbox.Id, "cat /etc/machine-id; hostname")] = true
+	}
+	if len(identities) != 3 {
+		t.Errorf("twins: %v", identities)
+	}
+
+	left := wrenn.NewID(wrenn.PrefixCheckpoint)
+	began = time.Now()
+	if _, err := s.Rollback(t.Context(), &agentv1.RollbackSandboxRequest{Id: parent.Id, OperationId: op(), CheckpointId: first, KeepAs: left}); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("rollback took %v", time.Since(began))
+	if got := shell(t, s, parent.Id, "cat note; kill -0 $(cat pid) && echo alive"); got != "first\nalive" {
+		t.Errorf("after a rollback: %q", got)
+	}
+	if _, err := s.Rollback(t.Context(), &agentv1.RollbackSandboxRequest{Id: parent.Id, OperationId: op(), CheckpointId: left}); err != nil {
+		t.Fatal(err)
+	}
+	if got := shell(t, s, parent.Id, "cat note"); got != "second" {
+		t.Errorf("forward again: %q", got)
+	}
+	if err := s.DeleteCheckpoint(t.Context(), parent.Id, op(), first); err != nil {
+		t.Fatal(err)
+	}
+	list, err := s.Checkpoints(parent.Id)
+	if err != nil || len(list) != 1 || list[0].Id != left || list[0].ParentId != first {
+		t.Errorf("checkpoints: %v, %v", list, err)
+	}
+
+	// Another sandbox from the checkpoint that is left.
+	req := request()
+	req.Source = &agentv1.Source{Moment: &agentv1.Source_Checkpoint{Checkpoint: &agentv1.CheckpointRef{SandboxId: parent.Id, CheckpointId: left}}}
+	again, err := s.Create(t.Context(), req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := shell(t, s, again.Id, "cat note"); got != "second" {
+		t.Errorf("created from a checkpoint: %q", got)
+	}
+}
+
 // BenchmarkCreate measures a create from a prepared template to a guest that knows who it is.
 func BenchmarkCreate(b *testing.B) {
 	cfg := testConfig(b)

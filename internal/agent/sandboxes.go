@@ -286,11 +286,14 @@ func (s *Sandboxes) drop(sb *sandbox) {
 	}
 }
 
-// discard removes a directory in two steps: after the rename it is no sandbox any more, and a removal
+// discard removes a directory, if it is there, in two steps: after the rename it is no sandbox any more, and a removal
 // that was interrupted is finished at the next start.
 func (s *Sandboxes) discard(dir string) error {
 	trash := filepath.Join(s.dir, trashDir, fmt.Sprintf("%s.%d", filepath.Base(dir), time.Now().UnixNano()))
-	if err := os.Rename(dir, trash); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := os.Rename(dir, trash); err != nil {
+		if errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
 		return err
 	}
 	if err := syncDir(filepath.Dir(dir)); err != nil {
