@@ -168,7 +168,7 @@ func (s *Stack) StartAgent(_ context.Context, args ...string) (err error) {
 	return err
 }
 
-// WaitOnline waits until the control plane hears the host.
+// WaitOnline waits until the control plane hears the host and knows what it can run.
 func (s *Stack) WaitOnline(ctx context.Context) error {
 	return poll(ctx, s.Agent, func() error {
 		host, err := s.Admin.Host(ctx, s.HostID)
@@ -178,7 +178,11 @@ func (s *Stack) WaitOnline(ctx context.Context) error {
 		if host.Status != api.HostStatusOnline {
 			return fmt.Errorf("host is %s", host.Status)
 		}
-		return get(ctx, s.URL+"/readyz")
+		templates, err := s.Client.Templates(ctx) // known from the first heartbeat on
+		if err == nil && len(templates) == 0 {
+			err = errors.New("the host has reported no template")
+		}
+		return err
 	})
 }
 
