@@ -20,6 +20,13 @@ import (
 // Self is where every image has this program.
 const Self = "/usr/local/bin/envd"
 
+// Open files of a process, as a service manager would set them: the soft limit is what programs that
+// close every possible descriptor can still loop over.
+const (
+	softFiles = 64 << 10
+	hardFiles = 1 << 20
+)
+
 // Init is pid 1. It returns only if the guest cannot be brought up; the kernel then panics, which ends
 // the VM (panic=-1).
 func Init(console io.Writer) error {
@@ -51,6 +58,7 @@ func system(cmdline map[string]string, started time.Time, console io.Writer) err
 	complain("device links", linkDevices())
 	complain("host name", restoreHostname())
 	complain("network", configureNetwork(cmdline))
+	complain("limit of open files", unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: softFiles, Max: hardFiles}))
 	unix.Umask(0o022)
 	fmt.Fprintf(console, "wrenn: init %d ms, kernel %s\n", time.Since(started).Milliseconds(), uptime())
 	return supervise(console)

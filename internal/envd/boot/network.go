@@ -35,6 +35,10 @@ func configureEth0(address, gateway string) error {
 	if err != nil {
 		return fmt.Errorf("eth0: %w", err)
 	}
+	// The guest's network is IPv4 only: no address that nobody gave, no router solicitations.
+	if err := os.WriteFile("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", []byte("1"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("switch IPv6 off: %w", err)
+	}
 	addr, err := netlink.ParseAddr(address)
 	if err != nil {
 		return fmt.Errorf("wrenn.addr: %w", err)

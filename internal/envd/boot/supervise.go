@@ -77,6 +77,10 @@ func reap(pid int) bool {
 // powerOff ends all processes, writes everything to the disk and switches the machine off.
 func powerOff(console io.Writer) error {
 	fmt.Fprintln(console, "wrenn: power off")
+	// A file system frozen for a snapshot would hold up everything below for ever.
+	if err := (Machine{}).ThawFS(); err != nil {
+		fmt.Fprintf(console, "init: thaw the root file system: %v\n", err)
+	}
 	_ = unix.Kill(-1, unix.SIGTERM) // ESRCH: nobody is left
 	for deadline := time.Now().Add(termGrace); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		if _, err := unix.Wait4(-1, nil, unix.WNOHANG, nil); errors.Is(err, unix.ECHILD) {
