@@ -5,6 +5,8 @@ LDFLAGS := -s -w -X github.com/wrenn-sandbox/wrenn/internal/version.Version=$(VE
 GO_TOOL := CGO_ENABLED=0 go tool -modfile=$(CURDIR)/tools/go.mod
 # Every program is static, so one build runs on any distribution and none needs a C compiler.
 GO_BUILD := CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)'
+# The guest agent without commit or version: images are made anew only when the guest agent itself changes.
+GO_BUILD_ENVD := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -buildid='
 
 # .env, if there, holds settings for programs started by hand (see .env.example).
 ifneq ($(wildcard .env),)
@@ -31,13 +33,14 @@ reset: build-cli ## Stop it and remove all its data
 .PHONY: build build-cp build-agent build-envd build-cli
 build: ## Build wrenn-cp, wrenn-agent, envd and wrenn into builds/
 	@mkdir -p builds
-	$(GO_BUILD) -o builds/ ./cmd/wrenn-cp ./cmd/wrenn-agent ./cmd/envd ./cmd/wrenn
+	$(GO_BUILD) -o builds/ ./cmd/wrenn-cp ./cmd/wrenn-agent ./cmd/wrenn
+	$(GO_BUILD_ENVD) -o builds/envd ./cmd/envd
 build-cp: ## Build wrenn-cp
 	$(GO_BUILD) -o builds/wrenn-cp ./cmd/wrenn-cp
 build-agent: ## Build wrenn-agent
 	$(GO_BUILD) -o builds/wrenn-agent ./cmd/wrenn-agent
-build-envd: ## Build envd
-	$(GO_BUILD) -o builds/envd ./cmd/envd
+build-envd: ## Build envd (static)
+	$(GO_BUILD_ENVD) -o builds/envd ./cmd/envd
 build-cli: ## Build the wrenn command
 	$(GO_BUILD) -o builds/wrenn ./cmd/wrenn
 

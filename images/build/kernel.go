@@ -35,7 +35,7 @@ type kernelInfo struct {
 // kernel makes vmlinuz and modules/ unless they are there.
 func (b *builder) kernel(ctx context.Context) (kernelInfo, error) {
 	metaPath := filepath.Join(b.kernels, "kernel.json")
-	inputs := digest(builderSources(), strings.Join(guestModules(), " "))
+	inputs := digest(sourceText("kernel.go"))
 	var have kernelInfo
 	if raw, err := os.ReadFile(metaPath); err == nil && json.Unmarshal(raw, &have) == nil && have.Inputs == inputs && !b.force {
 		if _, err := os.Stat(filepath.Join(b.kernels, "vmlinuz")); err == nil {

@@ -15,6 +15,8 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
+	"sync"
 	"time"
 )
 
@@ -34,6 +36,7 @@ type builder struct {
 	kernels string // directory of vmlinuz and initramfs.img
 	envd    string // the guest agent's program
 	force   bool
+	mu      sync.Mutex // of out
 	out     io.Writer
 	started time.Time
 }
@@ -68,7 +71,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 func (b *builder) build(ctx context.Context, names []string) error {
 	var wanted []recipe
 	for _, r := range recipes() {
-		if len(names) == 0 || contains(names, r.name) {
+		if len(names) == 0 || slices.Contains(names, r.name) {
 			wanted = append(wanted, r)
 		}
 	}
@@ -87,27 +90,29 @@ func (b *builder) build(ctx context.Context, names []string) error {
 	if err := b.initramfs(); err != nil {
 		return fmt.Errorf("initramfs: %w", err)
 	}
+	// Side by side: installing packages waits for the network, the disk and one CPU in turn.
+	failed := make(chan error)
 	for _, r := range wanted {
-		if err := b.image(ctx, r, kernel); err != nil {
-			return fmt.Errorf("image %s: %w", r.name, err)
-		}
+		go func() {
+			err := b.image(ctx, r, kernel)
+			if err != nil {
+				err = fmt.Errorf("image %s: %w", r.name, err)
+			}
+			failed <- err
+		}()
 	}
-	return nil
+	for range wanted {
+		err = errors.Join(err, <-failed)
+	}
+	return err
 }
 
 // step tells what is being done, with the time since the start.
 func (b *builder) step(format string, args ...any) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	fmt.Fprintf(b.out, "[%5.1fs] images: %s\n", time.Since(b.started).Seconds(), fmt.Sprintf(format, args...))
 }
 
 func (b *builder) imagePath(name string) string    { return filepath.Join(b.images, name+".ext4") }
 func (b *builder) manifestPath(name string) string { return filepath.Join(b.images, name+".json") }
-
-func contains(list []string, s string) bool {
-	for _, v := range list {
-		if v == s {
-			return true
-		}
-	}
-	return false
-}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -29,7 +28,7 @@ type recipe struct {
 func recipes() []recipe {
 	minimal := []string{"bash", "ca-certificates", "curl", "iproute2", "less", "mount", "netbase", "procps", "sudo"}
 	base := append([]string{
-		"build-essential", "file", "git", "jq", "openssh-client", "pkg-config", "python3", "python3-dev", "python3-pip", "python3-venv",
+		"build-essential", "file", "git", "jq", "nodejs", "npm", "openssh-client", "pkg-config", "python3", "python3-dev", "python3-pip", "python3-venv",
 		"python-is-python3", "ripgrep", "rsync", "unzip", "vim-tiny", "wget", "xz-utils", "zip",
 	}, minimal...)
 	return []recipe{
@@ -62,7 +61,7 @@ func excluded() []string {
 }
 
 // debootstrap writes the tree of r as a tar archive, and gives its packages.
-func debootstrap(ctx context.Context, r recipe, src source, archive string, progress io.Writer) ([]pkg, error) {
+func debootstrap(ctx context.Context, r recipe, src source, archive string) ([]pkg, error) {
 	list := archive + ".packages"
 	defer os.Remove(list)
 	args := []string{"--quiet", "--variant=apt", "--format=tar", "--include=" + strings.Join(r.packages, ",")}
@@ -80,11 +79,10 @@ func debootstrap(ctx context.Context, r recipe, src source, archive string, prog
 	cmd := exec.CommandContext(ctx, "mmdebstrap", args...)
 	cmd.Env = append(os.Environ(), fmt.Sprintf("SOURCE_DATE_EPOCH=%d", epoch), "LC_ALL=C.UTF-8", "DEBIAN_FRONTEND=noninteractive")
 	cmd.Stdin = strings.NewReader(strings.Join(src.lines, "\n") + "\n")
-	out := &tail{max: 8 << 10}
+	out := &tail{max: 4 << 10}
 	cmd.Stdout, cmd.Stderr = out, out
 	if err := cmd.Run(); err != nil {
-		fmt.Fprintln(progress, out.String())
-		return nil, fmt.Errorf("mmdebstrap: %w (its last words are above)", err)
+		return nil, fmt.Errorf("mmdebstrap: %w; its last words:\n%s", err, out)
 	}
 	return readPackages(list)
 }

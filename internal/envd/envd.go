@@ -23,7 +23,6 @@ import (
 	"github.com/wrenn-sandbox/wrenn/internal/envd/cgroup"
 	"github.com/wrenn-sandbox/wrenn/internal/envd/routes"
 	"github.com/wrenn-sandbox/wrenn/internal/envd/settings"
-	"github.com/wrenn-sandbox/wrenn/internal/version"
 )
 
 // Version is that of the guest contract that is served: clients switch features on by it.
@@ -51,7 +50,7 @@ func Run(ctx context.Context, args []string, _ []string, _ io.Reader, stdout, st
 		return err
 	}
 	if *showVersion {
-		fmt.Fprintf(stdout, "envd %s (%s)\n", Version, version.Version)
+		fmt.Fprintln(stdout, "envd", Version)
 		return nil
 	}
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelInfo}))

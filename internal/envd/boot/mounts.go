@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 )
@@ -44,12 +45,20 @@ func mountAll(list []mount) error {
 			failed = errors.Join(failed, err)
 			continue
 		}
-		err := unix.Mount(m.source, m.target, m.fstype, m.flags, m.data)
-		if err != nil && !errors.Is(err, unix.EBUSY) {
+		if mounted(m.target) {
+			continue
+		}
+		if err := unix.Mount(m.source, m.target, m.fstype, m.flags, m.data); err != nil {
 			failed = errors.Join(failed, fmt.Errorf("mount %s: %w", m.target, err))
 		}
 	}
 	return failed
+}
+
+// mounted tells whether something is mounted at path: then its device is not that of what holds it.
+func mounted(path string) bool {
+	var here, above unix.Stat_t
+	return unix.Stat(path, &here) == nil && unix.Stat(filepath.Dir(path), &above) == nil && here.Dev != above.Dev
 }
 
 // linkDevices makes the links that devtmpfs does not.
