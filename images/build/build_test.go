@@ -151,7 +151,7 @@ func TestFilesystemIsTheSameEachTime(t *testing.T) {
 		}
 		return sha256.Sum256(raw)
 	}
-	if sum() != sum() {
+	if first, second := sum(), sum(); first != second {
 		t.Error("the same archive gave two different file systems")
 	}
 }
