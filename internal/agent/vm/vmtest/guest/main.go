@@ -125,7 +125,10 @@ func (m *machine) fill(args []string) (string, error) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.seed, m.pattern = byte(seed), make([]byte, mib<<20)
+	if len(m.pattern) != mib<<20 { // the machine is small: what is there is used again
+		m.pattern = make([]byte, mib<<20)
+	}
+	m.seed = byte(seed)
 	for i := range m.pattern {
 		m.pattern[i] = m.seed ^ byte(i) ^ byte(i>>12)
 	}
