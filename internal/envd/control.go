@@ -67,8 +67,7 @@ func (s *server) unfreeze(w http.ResponseWriter, _ *http.Request) {
 // machine makes a route of something that is done to the guest as a whole.
 func (s *server) machine(do func(Machine) error) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
-		if s.Machine == nil {
-			writeError(w, http.StatusConflict, "this agent was not started by the guest's init, so it may not change the machine")
+		if !s.mayChangeMachine(w) {
 			return
 		}
 		if err := do(s.Machine); err != nil {
@@ -77,5 +76,27 @@ func (s *server) machine(do func(Machine) error) http.HandlerFunc {
 			return
 		}
 		w.WriteHeader(http.StatusNoContent)
+	}
+}
+
+// mayChangeMachine refuses for an agent that runs anywhere but in a guest of its own.
+func (s *server) mayChangeMachine(w http.ResponseWriter) bool {
+	if s.Machine == nil {
+		writeError(w, http.StatusConflict, "this agent was not started by the guest's init, so it may not change the machine")
+	}
+	return s.Machine != nil
+}
+
+// shutdown answers before it acts: the agent is among what init ends.
+func (s *server) shutdown(w http.ResponseWriter, _ *http.Request) {
+	if !s.mayChangeMachine(w) {
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+	if err := http.NewResponseController(w).Flush(); err != nil {
+		s.Log.Warn("the answer to shutdown could not be sent", "error", err)
+	}
+	if err := s.Machine.PowerOff(); err != nil {
+		s.Log.Error("power off failed", "error", err)
 	}
 }

@@ -68,7 +68,7 @@ func New(cfg Config) http.Handler {
 	mux.HandleFunc("POST "+routes.FSFreeze, s.machine(Machine.FreezeFS))
 	mux.HandleFunc("POST "+routes.FSThaw, s.machine(Machine.ThawFS))
 	mux.HandleFunc("POST "+routes.Collapse, s.collapse)
-	mux.HandleFunc("POST "+routes.Shutdown, s.machine(Machine.PowerOff))
+	mux.HandleFunc("POST "+routes.Shutdown, s.shutdown)
 	return s.admit(mux)
 }
 

@@ -1,8 +1,11 @@
 package envd
 
 import (
+	"context"
 	"encoding/json"
 	"io"
+	"log/slog"
+	"net"
 	"net/http"
 	"strings"
 	"testing"
@@ -10,6 +13,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/wrenn-sandbox/wrenn/internal/envd/account"
 	"github.com/wrenn-sandbox/wrenn/internal/envd/settings"
 	filesystempb "github.com/wrenn-sandbox/wrenn/internal/gen/filesystem"
 	processpb "github.com/wrenn-sandbox/wrenn/internal/gen/process"
@@ -203,5 +207,42 @@ func TestStreamsAreNotCompressed(t *testing.T) {
 	}
 	if _, err := a.process.List(testContext(t), connect.NewRequest(&processpb.ListRequest{})); err != nil {
 		t.Error(err)
+	}
+}
+
+// The real server speaks HTTP/1.1 and HTTP/2 without TLS on one port, both ways at once, and ends with its
+// context.
+func TestServe(t *testing.T) {
+	t.Parallel()
+	store, err := settings.Open("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() {
+		ended <- serve(ctx, lis, New(Config{Settings: store, Users: account.System(), Log: slog.New(slog.DiscardHandler)}))
+	}()
+	for major, set := range map[int]func(*http.Protocols){1: func(p *http.Protocols) { p.SetHTTP1(true) }, 2: func(p *http.Protocols) { p.SetUnencryptedHTTP2(true) }} {
+		protocols := new(http.Protocols)
+		set(protocols)
+		client := &http.Client{Transport: &http.Transport{Protocols: protocols}, Timeout: patience}
+		res, err := client.Get("http://" + lis.Addr().String() + "/health")
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		if res.StatusCode != http.StatusNoContent || res.ProtoMajor != major {
+			t.Errorf("HTTP/%d: status %d over HTTP/%d", major, res.StatusCode, res.ProtoMajor)
+		}
+		client.CloseIdleConnections()
+	}
+	stop()
+	if err := <-ended; err != nil {
+		t.Errorf("serve: %v", err)
 	}
 }

@@ -8,6 +8,7 @@
 package boot
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -58,10 +59,24 @@ func system(cmdline map[string]string, started time.Time, console io.Writer) err
 	complain("device links", linkDevices())
 	complain("host name", restoreHostname())
 	complain("network", configureNetwork(cmdline))
+	complain("kernel settings", setSysctls())
 	complain("limit of open files", unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: softFiles, Max: hardFiles}))
 	unix.Umask(0o022)
 	fmt.Fprintf(console, "wrenn: init %d ms, kernel %s\n", time.Since(started).Milliseconds(), uptime())
 	return supervise(console)
+}
+
+// setSysctls raises limits that are made for machines shared by many users; here one user has them all.
+func setSysctls() error {
+	var failed error
+	for path, value := range map[string]string{
+		"/proc/sys/fs/inotify/max_user_instances": "1024",
+		"/proc/sys/fs/inotify/max_user_watches":   "524288",
+		"/proc/sys/kernel/printk":                 "3 4 1 3", // the console is for what ends the guest
+	} {
+		failed = errors.Join(failed, os.WriteFile(path, []byte(value), 0))
+	}
+	return failed
 }
 
 // parseCmdline gives the words of a kernel command line; a word without "=" maps to "". The last wins.
