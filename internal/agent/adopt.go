@@ -47,7 +47,7 @@ func (s *Sandboxes) sweepVMMs(cfg Config) error {
 	keep := map[int]bool{}
 	for _, sb := range s.byID {
 		if sb.rec.Slot >= 0 {
-			keep[cfg.BaseUID+sb.rec.Slot] = true // also those that could not be taken over
+			keep[sb.rec.Slot] = true // also those that could not be taken over
 		}
 	}
 	killed, err := killOrphans(cfg, keep)

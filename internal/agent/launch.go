@@ -138,7 +138,7 @@ func (s *Sandboxes) vmConfig(id string, m machine, console string, vcpus, memory
 		ID: id, Dir: m.vm(), VCPUs: vcpus, MemoryMB: memoryMB, Kernel: s.kernel, Initrd: s.initrd, Cmdline: cmdline,
 		Disks: []vm.Disk{{Path: m.disk()}}, MemoryFile: m.memory(), Console: console,
 		Net: vm.Net{NetnsPath: slot.NetnsPath, TAP: slot.TAP, MAC: network.GuestMAC},
-		UID: slot.UID, GID: slot.UID, Cgroup: fmt.Sprintf("slot-%d", slot.Index),
+		UID: slot.UID, GID: slot.UID, Cgroup: cgroupName(slot.Index),
 	}, nil
 }
 

@@ -83,7 +83,7 @@ func chooseDriver(ctx context.Context, cfg Config, log *slog.Logger) (vm.Driver,
 		return nil, err
 	}
 	log.Info("hypervisor chosen", "driver", "qemu", "version", verdict.Version, "kvm", verdict.KVM, "why", verdict.Reason)
-	return qemu.New(verdict, qemu.Options{CacheDir: filepath.Join(cfg.Sandboxes, "cache"), CgroupParent: "wrenn-" + cfg.Instance, Log: log}), nil
+	return qemu.New(verdict, qemu.Options{CacheDir: filepath.Join(cfg.Sandboxes, "cache"), CgroupParent: cgroupParent(cfg), Log: log}), nil
 }
 
 func probeOptions(cfg Config, log *slog.Logger) qemu.ProbeOptions {

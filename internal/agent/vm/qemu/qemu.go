@@ -32,7 +32,7 @@ type Options struct {
 	// as it is, and decompresses itself inside the guest, which is slow without KVM.
 	CacheDir string
 	// CgroupParent is the cgroup below the root of each hierarchy that holds the VMs of this instance, and
-	// nothing else: Sweep goes by it. "wrenn" if empty.
+	// nothing else, so that vmproc.Sweep can find what a crash left. "wrenn" if empty.
 	CgroupParent string
 	Log          *slog.Logger
 }
@@ -170,42 +170,6 @@ func (d *Driver) removeCgroup(name string, pid int) error {
 		}
 	}
 	return cgroup.Remove()
-}
-
-// Sweep ends every VMM of this instance that none of the handles names, and removes its cgroup: what a
-// crash between a Start and the writing of its Handle left over. The agent calls it at its start, before
-// the first Start.
-func (d *Driver) Sweep(ctx context.Context, keep []vm.Handle) error {
-	hierarchy, err := vmproc.FindHierarchy()
-	if err != nil {
-		return wrenn.Wrap(err, wrenn.KindInternal, "cannot look for leftover VMs")
-	}
-	names, err := hierarchy.Children(d.opts.CgroupParent)
-	if err != nil {
-		return wrenn.Wrap(err, wrenn.KindInternal, "cannot look for leftover VMs")
-	}
-	kept := map[string]bool{}
-	for _, h := range keep {
-		alive, err := process(h).Alive()
-		if err != nil {
-			return wrenn.Wrap(err, wrenn.KindInternal, "cannot look for leftover VMs")
-		}
-		if alive {
-			kept[h.Cgroup] = true
-		}
-	}
-	var errs []error
-	for _, name := range names {
-		if kept[name] || ctx.Err() != nil {
-			continue
-		}
-		d.opts.Log.Info("removing a leftover VM", "cgroup", name)
-		errs = append(errs, hierarchy.Cgroup(d.opts.CgroupParent, name).Kill())
-	}
-	if err := errors.Join(append(errs, ctx.Err())...); err != nil {
-		return wrenn.Wrap(err, wrenn.KindInternal, "cannot remove leftover VMs")
-	}
-	return nil
 }
 
 // talk connects to a VM's monitor and turns what goes wrong into the contract's errors.

@@ -288,3 +288,33 @@ func (c *Cgroup) Kill() error {
 	}
 	return c.Remove()
 }
+
+// Sweep ends every process in the cgroups below parent whose name is not to be kept, and removes them, and
+// parent itself if nothing is left in it. It returns how many cgroups still had a process. Nothing may
+// be launched below parent meanwhile.
+func Sweep(parent string, keep func(name string) bool) (ended int, err error) {
+	h, err := FindHierarchy()
+	if err != nil {
+		return 0, err
+	}
+	names, err := h.Children(parent)
+	if err != nil {
+		return 0, err
+	}
+	var errs []error
+	for _, name := range names {
+		if keep(name) {
+			continue
+		}
+		c := h.Cgroup(parent, name)
+		pids, err := c.PIDs()
+		if len(pids) > 0 {
+			ended++
+		}
+		errs = append(errs, err, c.Kill())
+	}
+	for dir := range h.Cgroup(parent, "").dirs() {
+		_ = unix.Rmdir(dir) // refused while there are kept ones
+	}
+	return ended, errors.Join(errs...)
+}
