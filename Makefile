@@ -51,7 +51,7 @@ dev: build ## Start PostgreSQL and Redis, run migrations, run the control plane 
 dev-agent: build ## Register this machine and run the host agent in this terminal (by sudo)
 	@builds/wrenn dev agent
 migrate-up: build-cp ## Apply the database migrations to DATABASE_URL (wrenn-cp does that at its start too)
-	builds/wrenn-cp migrate up
+	builds/wrenn-cp migrate
 
 .PHONY: generate
 generate: generate-proto generate-api generate-sql ## Regenerate all generated code

@@ -33,10 +33,21 @@ type app struct {
 	output string // -o: "table" or "json"
 }
 
-// exitError ends the program with a code and without a message: the remote command has said all.
-type exitError struct{ code int }
+// exitError ends the program with a code. Without say there is no message: the remote command has
+// said all.
+type exitError struct {
+	code int
+	say  error
+}
 
-func (e *exitError) Error() string { return fmt.Sprintf("exit status %d", e.code) }
+func (e *exitError) Error() string {
+	if e.say != nil {
+		return e.say.Error()
+	}
+	return fmt.Sprintf("exit status %d", e.code)
+}
+
+func (e *exitError) Unwrap() error { return e.say }
 
 // Exit codes of our own failures. Those of exec and shell are apart from what commands usually
 // return, as docker and timeout(1) have it.
@@ -45,6 +56,8 @@ const (
 	exitUsage    = 2
 	exitTimedOut = 124
 	exitExec     = 125
+
+	exitNoProgram = 127
 )
 
 // Run is the program: args without its name, the environment as getenv. It gives the exit code.
@@ -62,10 +75,13 @@ func Run(ctx context.Context, args []string, getenv func(string) string, stdio S
 		return 0
 	}
 	var exit *exitError
-	if errors.As(err, &exit) {
+	if errors.As(err, &exit) && exit.say == nil {
 		return exit.code
 	}
 	a.report(cmd, err)
+	if exit != nil {
+		return exit.code
+	}
 	return exitCode(cmd, err)
 }
 

@@ -34,25 +34,22 @@ func (a *app) execCommand() *cobra.Command {
 		Use:   "exec [flags] SANDBOX -- COMMAND [ARG…]",
 		Short: "Run a command in a sandbox",
 		Long: `Runs a command in a sandbox, shows its output as it comes, and exits with its exit code
-(128 + n if signal n ended it, 124 if it ran out of --timeout, 125 if wrenn itself failed). Interrupting wrenn interrupts the
-command; if the connection is lost the command goes on.`,
+(128 + n if signal n ended it, 124 if it ran out of --timeout, 127 if there is no such program, 125 if wrenn itself failed).
+Flags go before SANDBOX. Interrupting wrenn interrupts the command; if the connection is lost the command goes on.`,
 		Example: `  wrenn sandbox exec ci -- python3 -c 'print(6*7)'
-  wrenn sandbox exec ci --shell 'ls *.go | wc -l'
+  wrenn sandbox exec -s ci 'ls *.go | wc -l'
   tar c src | wrenn sandbox exec -i ci -- tar x -C /tmp
   wrenn sandbox exec -it ci -- top
   wrenn sandbox exec -d ci -- ./server        # prints the pid`,
 		Args: atLeast("a SANDBOX", "a COMMAND"), Annotations: asExec, ValidArgsFunction: a.completeSandbox,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			sb, err := a.find(cmd.Context(), args[0])
+			command, err := commandOf(cmd, args[1:])
 			if err != nil {
 				return err
 			}
-			command := args[1:]
-			if command[0] == "--" { // flags end at SANDBOX, so this one is left over
-				command = command[1:]
-			}
-			if len(command) == 0 {
-				return usagef("%s needs a COMMAND", cmd.CommandPath())
+			sb, err := a.find(cmd.Context(), args[0])
+			if err != nil {
+				return err
 			}
 			return a.exec(cmd.Context(), sb, o, command)
 		},
@@ -66,6 +63,21 @@ command; if the connection is lost the command goes on.`,
 	o.common(cmd)
 	f.DurationVar(&o.timeout, "timeout", 0, "kill it after this time, such as 30s")
 	return cmd
+}
+
+// commandOf is what follows SANDBOX. Our own flags end there, so that a command's need no care; one that
+// was put after it all the same is noticed.
+func commandOf(cmd *cobra.Command, rest []string) ([]string, error) {
+	if rest[0] != "--" && strings.HasPrefix(rest[0], "-") {
+		return nil, usagef("%s must come before SANDBOX", rest[0])
+	}
+	if rest[0] == "--" {
+		rest = rest[1:]
+	}
+	if len(rest) == 0 {
+		return nil, usagef("%s needs a COMMAND", cmd.CommandPath())
+	}
+	return rest, nil
 }
 
 func (o *execFlags) common(cmd *cobra.Command) {
@@ -118,7 +130,7 @@ func (a *app) execJSON(ctx context.Context, sb *wrenn.Sandbox, o wrenn.ExecOptio
 	}
 	res, err := sb.ExecWith(ctx, o)
 	if err != nil {
-		return err
+		return a.notStarted(err)
 	}
 	out := map[string]any{"stdout": string(res.Stdout), "stderr": string(res.Stderr), "exit_code": res.ExitCode, "duration_ms": res.Duration.Milliseconds(),
 		"stdout_truncated": res.StdoutTruncated, "stderr_truncated": res.StderrTruncated, "timed_out": res.TimedOut}
@@ -132,13 +144,13 @@ func (a *app) execJSON(ctx context.Context, sb *wrenn.Sandbox, o wrenn.ExecOptio
 func remoteExit(e *wrenn.Exit) error {
 	switch {
 	case e.TimedOut:
-		return &exitError{exitTimedOut}
+		return &exitError{code: exitTimedOut}
 	case e.Code == 0:
 		return nil
 	case e.Code < 0 || e.Code > 255:
-		return &exitError{exitFailure}
+		return &exitError{code: exitFailure}
 	}
-	return &exitError{e.Code}
+	return &exitError{code: e.Code}
 }
 
 type starter func(context.Context, wrenn.StartOptions) (*wrenn.Process, error)
@@ -153,7 +165,7 @@ func (a *app) stream(ctx context.Context, o wrenn.StartOptions, start starter) e
 	defer cancel()
 	p, err := start(ctx, o)
 	if err != nil {
-		return err
+		return a.notStarted(err)
 	}
 	done := make(chan struct{})
 	defer close(done)
@@ -176,6 +188,15 @@ func (a *app) stream(ctx context.Context, o wrenn.StartOptions, start starter) e
 		return err
 	}
 	return remoteExit(exit)
+}
+
+// notStarted tells a program that does not exist, by the code that shells use, from other failures:
+// the sandbox itself was found before.
+func (a *app) notStarted(err error) error {
+	if !wrenn.IsNotFound(err) {
+		return err
+	}
+	return &exitError{code: exitNoProgram, say: err}
 }
 
 func (a *app) shellCommand() *cobra.Command {

@@ -195,7 +195,7 @@ func (a *app) statusCommand() *cobra.Command {
 			err = a.print(parts, func(w io.Writer) { printParts(w, parts) })
 			for _, p := range parts {
 				if err == nil && !p.Healthy {
-					err = &exitError{exitFailure}
+					err = &exitError{code: exitFailure}
 				}
 			}
 			return err
