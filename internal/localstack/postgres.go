@@ -44,18 +44,29 @@ func StartPostgres(ctx context.Context, o Options) (*Server, error) {
 	if proc, ok := pg.running(); ok {
 		srv := pg.server(proc, nil)
 		srv.Reused = true
-		return srv, srv.awaitServer(ctx, "PostgreSQL", pg.ready(srv))
+		err := srv.awaitServer(ctx, "PostgreSQL", pg.ready(srv))
+		if err == nil || proc.alive() || ctx.Err() != nil {
+			return srv, err
+		} // it was just dying
 	}
-	srv, err := pg.start(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if err := srv.awaitServer(ctx, "PostgreSQL", pg.ready(srv)); err != nil {
+	for began := time.Now(); ; {
+		srv, err := pg.start(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if err = srv.awaitServer(ctx, "PostgreSQL", pg.ready(srv)); err == nil {
+			return srv, nil
+		}
 		_ = srv.Stop(context.WithoutCancel(ctx))
-		return nil, err
+		// Sessions of a server that was killed take a moment to notice; until then they hold its memory.
+		if time.Since(began) > lingerLimit || !strings.Contains(err.Error(), "pre-existing shared memory block") {
+			return nil, err
+		}
 	}
-	return srv, nil
 }
+
+// lingerLimit is how long sessions may outlive a server that was killed.
+const lingerLimit = 10 * time.Second
 
 type postgres struct {
 	Options

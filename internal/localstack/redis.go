@@ -32,19 +32,25 @@ func StartRedis(ctx context.Context, o Options) (*Server, error) {
 	if r.secret, err = r.password(); err != nil {
 		return nil, err
 	}
-	srv := r.running()
-	if srv == nil {
-		if srv, err = r.start(ctx); err != nil {
-			return nil, err
-		}
+	if srv := r.running(); srv != nil {
+		err := srv.awaitServer(ctx, "Redis", r.ready(srv))
+		if err == nil || srv.proc.alive() || ctx.Err() != nil {
+			return srv, err
+		} // it was just dying
 	}
-	if err := srv.awaitServer(ctx, "Redis", func(ctx context.Context) error { return r.ping(ctx, srv.Port) }); err != nil {
-		if !srv.Reused {
-			_ = srv.Stop(context.WithoutCancel(ctx))
-		}
+	srv, err := r.start(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := srv.awaitServer(ctx, "Redis", r.ready(srv)); err != nil {
+		_ = srv.Stop(context.WithoutCancel(ctx))
 		return nil, err
 	}
 	return srv, nil
+}
+
+func (r redis) ready(srv *Server) func(context.Context) error {
+	return func(ctx context.Context) error { return r.ping(ctx, srv.Port) }
 }
 
 type redis struct {

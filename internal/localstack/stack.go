@@ -149,8 +149,10 @@ func (s *Stack) Up(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	if err := s.remember(); err != nil {
-		return err
+	if !s.Exists() { // so that Down finds a stack whose first Up failed half-way
+		if err := s.remember(); err != nil {
+			return err
+		}
 	}
 	if err := s.root.ready(ctx); err != nil {
 		return err
@@ -171,7 +173,7 @@ func (s *Stack) Up(ctx context.Context) error {
 			return err
 		}
 	}
-	return nil
+	return s.remember() // only settings that work are worth remembering
 }
 
 // checkFiles looks for what Up cannot make itself.

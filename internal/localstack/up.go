@@ -72,6 +72,11 @@ func (u *bringUp) controlPlane(ctx context.Context) (string, error) {
 	}
 	p, alive := u.running("wrenn-cp")
 	reused := alive && u.upToDate("wrenn-cp", print)
+	if alive && p.Port != 0 && p.Port != u.config.Port { // looked at first, so that what runs is not stopped in vain
+		if err := u.portForControlPlane(ctx); err != nil {
+			return "", err
+		}
+	}
 	if alive && !reused {
 		if _, err := u.stopDaemon(ctx, "wrenn-cp"); err != nil {
 			return "", err
@@ -89,8 +94,8 @@ func (u *bringUp) controlPlane(ctx context.Context) (string, error) {
 }
 
 func (u *bringUp) startControlPlane(ctx context.Context, program string, env []string, print string) (process, error) {
-	if err := portFree(ctx, u.config.Port); err != nil {
-		return process{}, fmt.Errorf("%w; choose another one: WRENN_PORT=8010 wrenn up", err)
+	if err := u.portForControlPlane(ctx); err != nil {
+		return process{}, err
 	}
 	who, err := unprivileged()
 	if err != nil {
@@ -101,7 +106,15 @@ func (u *bringUp) startControlPlane(ctx context.Context, program string, env []s
 	if err != nil {
 		return process{}, err
 	}
+	p.Port = u.config.Port
 	return p, u.record("wrenn-cp", p, print)
+}
+
+func (u *bringUp) portForControlPlane(ctx context.Context) error {
+	if err := portFree(ctx, u.config.Port); err != nil {
+		return fmt.Errorf("%w; choose another one: WRENN_PORT=8010 wrenn up", err)
+	}
+	return nil
 }
 
 func (u *bringUp) controlPlaneEnv() []string {
@@ -250,11 +263,15 @@ func (u *bringUp) registration(ctx context.Context) (flags []string, note string
 	u.hostID = string(raw)
 	known := false
 	if u.hostID != "" {
-		_, err := u.client.Host(ctx, u.hostID)
+		host, err := u.client.Host(ctx, u.hostID)
 		if err != nil && !wrennsdk.IsNotFound(err) {
 			return nil, "", err
 		}
 		known = err == nil
+		if known && u.registered() && host.Address != u.agentAddress() {
+			return nil, "", fmt.Errorf("this host is registered at %s, so its agent cannot move to %s; leave WRENN_AGENT_PORT out, or `wrenn reset`",
+				host.Address, u.agentAddress())
+		}
 	}
 	if known && u.registered() {
 		return nil, "", nil
@@ -304,7 +321,7 @@ func (u *bringUp) hostOnline(ctx context.Context) (string, error) {
 			return false, err
 		}
 		host = h
-		return h.Status == api.HostStatusOnline && h.MtlsEnabled && h.Address == u.agentAddress() && u.answers(ctx), nil
+		return h.Status == api.HostStatusOnline && h.MtlsEnabled && h.Address == u.agentAddress() && len(h.Versions) > 0 && u.answers(ctx), nil
 	})
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = errors.New("it did not report to the control plane in time")

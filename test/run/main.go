@@ -19,7 +19,9 @@ import (
 // modules are the directories with a go.mod.
 var modules = []string{".", "sdk/go"} //nolint:gochecknoglobals // a constant of a type that cannot be one
 
-func main() {
+func main() { os.Exit(program()) }
+
+func program() int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	ok, err := run(ctx, os.Args[1:])
@@ -27,9 +29,9 @@ func main() {
 		fmt.Fprintln(os.Stderr, "test/run:", err)
 	}
 	if err != nil || !ok {
-		stop()
-		os.Exit(1)
+		return 1
 	}
+	return 0
 }
 
 func run(ctx context.Context, args []string) (ok bool, err error) {
