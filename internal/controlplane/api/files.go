@@ -291,10 +291,7 @@ func (s *Server) watchFiles(w http.ResponseWriter, r *http.Request) {
 	q := r.URL.Query()
 	recursive, _ := strconv.ParseBool(q.Get("recursive")) // checked against the contract
 	k.end(func() error {
-		go func() { // the client says nothing; reading tells when it leaves
-			_, _, _ = k.conn.Read(k.ctx)
-			k.stop()
-		}()
+		defer context.AfterFunc(k.conn.CloseRead(k.ctx), k.stop)() // the client has nothing to say; reading tells when it leaves
 		stream, err := s.Agents.Filesystem(g.target, g.id).WatchDir(k.ctx, request(&filesystem.WatchDirRequest{Path: q.Get("path"), Recursive: recursive}, userParam(r)))
 		if err != nil {
 			return guestError(err)

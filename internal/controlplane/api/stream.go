@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"io"
 	"net/http"
 	"strings"
 	"time"
@@ -46,7 +47,7 @@ func (s *Server) upgrade(w http.ResponseWriter, r *http.Request) (*socket, bool)
 		s.log.Debug("websocket handshake", "request_id", requestID(r.Context()), "error", err)
 		return nil, false
 	}
-	conn.SetReadLimit(maxFrame)
+	conn.SetReadLimit(-1) // receive has its own, which can be told
 	ctx, stop := context.WithCancel(r.Context())
 	sock := &socket{conn: conn, ctx: ctx, stop: stop, srv: s}
 	go sock.keepAlive()
@@ -109,11 +110,16 @@ var errGone = errors.New("the client went away")
 
 // receive reads one message and holds it against the contract.
 func (k *socket) receive(ctx context.Context) (gen.StreamClientMessage, error) {
-	kind, text, err := k.conn.Read(ctx)
-	if errors.Is(err, websocket.ErrMessageTooBig) {
-		return gen.StreamClientMessage{}, wrenn.Errorf(wrenn.KindTooLarge, "a message is at most %d bytes", maxFrame)
-	} else if err != nil {
+	kind, rd, err := k.conn.Reader(ctx)
+	if err != nil {
 		return gen.StreamClientMessage{}, errors.Join(errGone, err)
+	}
+	text, err := io.ReadAll(io.LimitReader(rd, maxFrame+1))
+	if err != nil {
+		return gen.StreamClientMessage{}, errors.Join(errGone, err)
+	}
+	if len(text) > maxFrame {
+		return gen.StreamClientMessage{}, wrenn.Errorf(wrenn.KindTooLarge, "a message is at most %d bytes", maxFrame)
 	}
 	if kind != websocket.MessageText {
 		return gen.StreamClientMessage{}, invalid("message", "must be a text")
