@@ -34,6 +34,7 @@ type (
 		Auth                      string
 		Params                    []docsField
 		Body, Client, Server      string // names of schemas
+		Media                     string // of a body that has none
 		Answers                   []docsAnswer
 	}
 	docsAnswer struct{ Status, Text, Schema string }
@@ -89,7 +90,7 @@ func docsOp(doc *openapi3.T, method, path string, item *openapi3.PathItem, op *o
 	if op.RequestBody != nil {
 		for media, m := range op.RequestBody.Value.Content {
 			if d.Body = refName(m.Schema); d.Body == "" {
-				d.Body = media
+				d.Media = media
 			}
 		}
 	}

@@ -283,10 +283,10 @@ func byPID(pid uint32) *process.ProcessSelector {
 	return &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: pid}}
 }
 
-// pathPID reads the pid of a route that is not generated.
+// pathPID reads the pid of a route that is not generated; it was checked against the contract.
 func pathPID(r *http.Request) (uint32, error) {
-	n, err := strconv.ParseUint(r.PathValue("pid"), 10, 22)
-	if err != nil || n == 0 {
+	n, err := strconv.ParseUint(r.PathValue("pid"), 10, 32)
+	if err != nil {
 		return 0, invalid("pid", "must be a process id")
 	}
 	return uint32(n), nil

@@ -52,6 +52,7 @@ func loadSpec() (*spec, error) {
 // refused like an unknown field: a misspelt filter must not silently match everything.
 type operation struct {
 	query    map[string]*openapi3.Parameter
+	numbers  []*openapi3.Parameter // in the path; ids there are looked up as they are
 	headers  []*openapi3.Parameter
 	body     *openapi3.Schema // nil: none, or streamed
 	required bool
@@ -68,6 +69,10 @@ func (sp *spec) operation(rt route) (*operation, error) {
 		switch p.Value.In {
 		case openapi3.ParameterInQuery:
 			op.query[p.Value.Name] = p.Value
+		case openapi3.ParameterInPath:
+			if p.Value.Schema.Value.Type.Is("integer") {
+				op.numbers = append(op.numbers, p.Value)
+			}
 		case openapi3.ParameterInHeader:
 			op.headers = append(op.headers, p.Value)
 		}
@@ -87,6 +92,11 @@ func (op *operation) check(w http.ResponseWriter, r *http.Request, limit int64) 
 	}
 	if err := op.checkQuery(r); err != nil {
 		return err
+	}
+	for _, p := range op.numbers {
+		if err := checkParam(p, []string{r.PathValue(p.Name)}); err != nil {
+			return err
+		}
 	}
 	for _, p := range op.headers {
 		if v := r.Header.Get(p.Name); v != "" {
@@ -218,7 +228,7 @@ func decode(text []byte) (any, error) {
 		return nil, badRequest(err)
 	}
 	if path, ok := findNUL(value); ok {
-		return nil, invalid(path, "contains a NUL character")
+		return nil, invalid(cmp.Or(path, "body"), "contains a NUL character")
 	}
 	return value, nil
 }
@@ -236,7 +246,7 @@ func findNUL(v any) (string, bool) {
 	case map[string]any:
 		for k, e := range v {
 			if strings.ContainsRune(k, 0) {
-				return "body", true
+				return "", true
 			}
 			if path, ok := findNUL(e); ok {
 				return join(k, path), true
@@ -266,21 +276,17 @@ func visit(name string, schema *openapi3.Schema, value any) error {
 	if err == nil {
 		return nil
 	}
-	path := []string{}
+	var inner, se *openapi3.SchemaError
+	for errors.As(err, &se) { // of nested complaints the innermost says what is wrong
+		inner, err = se, se.Origin
+	}
+	var path []string
 	if name != "" {
 		path = append(path, name)
 	}
-	var se *openapi3.SchemaError
-	for errors.As(err, &se) {
-		path = append(path, se.JSONPointer()...)
-		if se.Origin == nil {
-			break
-		}
-		err = se.Origin
-	}
 	reason := "is not what the API takes"
-	if se != nil {
-		path, reason = describe(se, path)
+	if inner != nil {
+		path, reason = describe(inner, append(path, inner.JSONPointer()...))
 	}
 	field := strings.Join(path, ".")
 	if field == "" {
