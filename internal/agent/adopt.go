@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
+	"github.com/wrenn-sandbox/wrenn/internal/gen/agentv1"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
@@ -154,46 +155,22 @@ func (s *Sandboxes) emptyTrash() error {
 	return nil
 }
 
-// StopVMs ends the VMs of all running sandboxes after their guests synced their disks, as for a shutdown
-// of the host. The sandboxes stay, with their disks.
+// StopVMs pauses all running sandboxes with their memory, as for a shutdown of the host.
 func (s *Sandboxes) StopVMs(ctx context.Context) error {
 	list, _ := s.List()
 	var errs []error
 	for _, r := range list {
-		if sb, err := s.get(r.Id); err == nil {
-			errs = append(errs, s.stop(ctx, sb))
+		if r.State != protoState[wrenn.SandboxRunning] {
+			continue
 		}
+		_, err := s.Pause(ctx, &agentv1.PauseSandboxRequest{Id: r.Id, OperationId: wrenn.NewID(wrenn.PrefixOperation)})
+		if err == nil {
+			var sb *sandbox
+			if sb, err = s.get(r.Id); err == nil {
+				err = sb.machine().sync()
+			}
+		}
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
-
-func (s *Sandboxes) stop(ctx context.Context, sb *sandbox) error {
-	return sb.do(ctx, wrenn.NewID(wrenn.PrefixOperation), func(ctx context.Context) error {
-		if sb.snapshot().State != wrenn.SandboxRunning {
-			return nil
-		}
-		client, token, err := sb.running()
-		if err != nil {
-			return err
-		}
-		sb.mu.Lock()
-		gone := sb.gone
-		sb.mu.Unlock()
-		if err := client.Shutdown(ctx, token); err == nil {
-			select {
-			case <-gone:
-			case <-time.After(guestStopTimeout):
-			}
-		}
-		if err := s.teardown(ctx, sb); err != nil {
-			return err
-		}
-		return s.transition(sb, func(r *record) {
-			r.toPaused(false)
-			r.Reason = "its host was shut down; the disk is kept"
-		})
-	})
-}
-
-// guestStopTimeout bounds how long a guest may take to power off.
-const guestStopTimeout = 10 * time.Second

@@ -123,8 +123,8 @@ func registerHost(ctx context.Context, cfg Config, token, address string, log *s
 func stopCommand(getenv func(string) string, log *slog.Logger) *cobra.Command {
 	return &cobra.Command{
 		Use:   "stop-vms",
-		Short: "Stop the virtual machines of this host, as before a shutdown; the agent must not run",
-		Long:  "Asks every guest to sync and power off, then ends its virtual machine. The sandboxes are kept, paused, with their disks.",
+		Short: "Pause all sandboxes of this host, as before a shutdown; the agent must not run",
+		Long:  "Pauses every running sandbox with its disk and memory, durably, and ends its virtual machine. They can be resumed after the next start.",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := loadConfig(getenv)

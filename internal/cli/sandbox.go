@@ -18,7 +18,7 @@ import (
 func (a *app) sandboxCommand() *cobra.Command {
 	cmd := group("sandbox", "Create and use sandboxes", "sb", "sandboxes")
 	cmd.Long = "Create and use sandboxes. Wherever a SANDBOX is asked for, its id or its name will do."
-	cmd.AddCommand(a.createCommand(), a.listCommand(), a.getCommand(), a.removeCommand(),
+	cmd.AddCommand(a.createCommand(), a.listCommand(), a.getCommand(), a.pauseCommand(), a.resumeCommand(), a.removeCommand(),
 		a.execCommand(), a.shellCommand(), a.copyCommand(), a.psCommand(), a.killCommand(), a.timeoutCommand())
 	return cmd
 }

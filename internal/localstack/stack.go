@@ -236,7 +236,7 @@ func (s *Stack) stopVMs(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("wrenn-agent stop-vms: %w\n%s", err, lastOf(out))
 	}
-	return "powered off, disks kept", nil
+	return "paused, disks and memory kept", nil
 }
 
 // Reset stops everything and removes it: sandboxes, accounts, databases, network, mounts. With

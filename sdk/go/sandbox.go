@@ -16,8 +16,8 @@ import (
 type SandboxOptions = api.CreateSandboxRequest
 
 // Sandbox is a sandbox and the way to work in it. Its embedded data is what the server last told;
-// Refresh asks again. The methods are safe for use by many goroutines, except Refresh, SetTimeout and
-// Ping, which change the data.
+// Refresh asks again. The methods are safe for use by many goroutines, except Refresh, Pause,
+// Resume, SetTimeout and Ping, which change the data.
 type Sandbox struct {
 	api.Sandbox
 
@@ -114,6 +114,17 @@ func (s *Sandbox) Refresh(ctx context.Context) error {
 // Ping counts as activity: it puts off the idle timeout, as a command would.
 func (s *Sandbox) Ping(ctx context.Context) error {
 	return s.update(ctx, call{method: http.MethodPost, path: s.path("/ping")})
+}
+
+// Pause keeps the sandbox's disk and, if memory, its memory with all processes as they are, and frees
+// the rest until Resume.
+func (s *Sandbox) Pause(ctx context.Context, memory bool) error {
+	return s.update(ctx, call{method: http.MethodPost, path: s.path("/pause"), body: map[string]bool{"memory": memory}})
+}
+
+// Resume lets a paused sandbox run again and returns when it takes commands.
+func (s *Sandbox) Resume(ctx context.Context) error {
+	return s.update(ctx, call{method: http.MethodPost, path: s.path("/resume")})
 }
 
 // SetTimeout sets after how long without activity the sandbox is paused or killed; 0 means never.

@@ -174,3 +174,31 @@ func TestDeletedSandboxIsGone(t *testing.T) {
 		t.Errorf("after delete: %v", err)
 	}
 }
+
+func TestPauseKeepsProcessesAndFiles(t *testing.T) {
+	t.Parallel()
+	ctx, s := start(t)
+	sb := sandbox(ctx, t, s, wrenn.SandboxOptions{})
+	shell(ctx, t, sb, "echo kept > note; sleep 1000 > /dev/null 2>&1 & echo $! > pid")
+	if err := sb.Pause(ctx, true); err != nil || sb.Status != "paused" {
+		t.Fatalf("pause: %v, %s", err, sb.Status)
+	}
+	if _, err := sb.Shell(ctx, "true"); wrenn.CodeOf(err) != wrenn.CodeInvalidState {
+		t.Errorf("exec in a paused sandbox: %v", err)
+	}
+	if err := sb.Resume(ctx); err != nil || sb.Status != "running" {
+		t.Fatalf("resume: %v, %s", err, sb.Status)
+	}
+	if got := shell(ctx, t, sb, "cat note; kill -0 $(cat pid) && echo alive"); got != "kept\nalive" {
+		t.Errorf("after a pause with memory: %q", got)
+	}
+	if err := sb.Pause(ctx, false); err != nil {
+		t.Fatal(err)
+	}
+	if err := sb.Resume(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if got := shell(ctx, t, sb, "cat note; kill -0 $(cat pid) 2>/dev/null || echo rebooted"); got != "kept\nrebooted" {
+		t.Errorf("after a pause of the disk alone: %q", got)
+	}
+}

@@ -94,11 +94,6 @@ func (c *Client) Init(ctx context.Context, currentToken string, id Identity) err
 	return c.post(ctx, "/init", currentToken, body)
 }
 
-// Shutdown asks the guest to sync and power off; the VM then ends by itself.
-func (c *Client) Shutdown(ctx context.Context, token string) error {
-	return c.post(ctx, "/shutdown", token, nil)
-}
-
 // Freeze stops user processes until the next Init or Thaw.
 func (c *Client) Freeze(ctx context.Context, token string) error {
 	return c.post(ctx, "/freeze", token, nil)

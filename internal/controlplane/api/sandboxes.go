@@ -169,19 +169,27 @@ func (s *Server) DeleteSandbox(ctx context.Context, req gen.DeleteSandboxRequest
 
 // PauseSandbox implements gen.StrictServerInterface.
 func (s *Server) PauseSandbox(ctx context.Context, req gen.PauseSandboxRequestObject) (gen.PauseSandboxResponseObject, error) {
-	return nil, s.notYet(ctx, req.ID)
+	memory := req.Body == nil || or(req.Body.Memory, true)
+	if err := s.Fleet.Pause(ctx, actor(ctx), auth.From(ctx).TeamID, req.ID, memory); err != nil {
+		return nil, err
+	}
+	sb, err := s.sandbox(ctx, req.ID)
+	return gen.PauseSandbox200JSONResponse(sb), err
 }
 
 // ResumeSandbox implements gen.StrictServerInterface.
 func (s *Server) ResumeSandbox(ctx context.Context, req gen.ResumeSandboxRequestObject) (gen.ResumeSandboxResponseObject, error) {
-	return nil, s.notYet(ctx, req.ID)
-}
-
-func (s *Server) notYet(ctx context.Context, id string) error {
-	if _, err := s.sandbox(ctx, id); err != nil {
-		return err
+	team := auth.From(ctx).TeamID
+	if err := s.Fleet.Resume(ctx, actor(ctx), team, req.ID); err != nil {
+		return nil, err
 	}
-	return wrenn.Errorf(wrenn.KindNotImplemented, "sandboxes cannot be paused and resumed in this version")
+	if req.Body != nil && req.Body.TimeoutSec != nil {
+		if err := s.Fleet.SetTimeout(ctx, team, req.ID, *req.Body.TimeoutSec, nil); err != nil {
+			return nil, err
+		}
+	}
+	sb, err := s.sandbox(ctx, req.ID)
+	return gen.ResumeSandbox200JSONResponse(sb), err
 }
 
 // PingSandbox implements gen.StrictServerInterface.

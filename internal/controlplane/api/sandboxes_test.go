@@ -85,8 +85,16 @@ func TestSandboxLife(t *testing.T) {
 	if !plain.ExpiresAt.After(before) {
 		t.Errorf("ping moved the end from %v to %v", before, plain.ExpiresAt)
 	}
-	for _, verb := range []string{"pause", "resume"} {
-		u.Do("POST", "/v1/sandboxes/"+plain.ID+"/"+verb, nil).WantError(t, http.StatusNotImplemented, "not_implemented")
+	u.Do("POST", "/v1/sandboxes/"+plain.ID+"/resume", nil).WantError(t, http.StatusConflict, "invalid_state")
+	u.Do("POST", "/v1/sandboxes/"+plain.ID+"/pause", nil).Want(t, 200, &plain)
+	if plain.Status != "paused" {
+		t.Errorf("after pause: %+v", plain)
+	}
+	u.Do("POST", "/v1/sandboxes/"+plain.ID+"/pause", nil).WantError(t, http.StatusConflict, "invalid_state")
+	u.Do("POST", "/v1/sandboxes/"+plain.ID+"/exec", map[string]any{"cmd": "true"}).WantError(t, http.StatusConflict, "invalid_state")
+	u.Do("POST", "/v1/sandboxes/"+plain.ID+"/resume", map[string]any{"timeout_sec": 9}).Want(t, 200, &plain)
+	if plain.Status != "running" || plain.TimeoutSec != 9 {
+		t.Errorf("after resume: %+v", plain)
 	}
 
 	if a := u.Do("DELETE", "/v1/sandboxes/"+sb.ID, nil); a.Status != http.StatusNoContent {

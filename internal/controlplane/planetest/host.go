@@ -277,6 +277,31 @@ func (h *Host) DeleteSandbox(ctx context.Context, req *connect.Request[agentv1.D
 	return connect.NewResponse(&agentv1.DeleteSandboxResponse{}), nil
 }
 
+// PauseSandbox implements agentv1connect.AgentServiceHandler.
+func (h *Host) PauseSandbox(_ context.Context, req *connect.Request[agentv1.PauseSandboxRequest]) (*connect.Response[agentv1.PauseSandboxResponse], error) {
+	sb, err := h.change(req.Msg.Id, agentv1.SandboxState_SANDBOX_STATE_PAUSED)
+	return connect.NewResponse(&agentv1.PauseSandboxResponse{Sandbox: sb}), err
+}
+
+// ResumeSandbox implements agentv1connect.AgentServiceHandler.
+func (h *Host) ResumeSandbox(_ context.Context, req *connect.Request[agentv1.ResumeSandboxRequest]) (*connect.Response[agentv1.ResumeSandboxResponse], error) {
+	sb, err := h.change(req.Msg.Id, agentv1.SandboxState_SANDBOX_STATE_RUNNING)
+	return connect.NewResponse(&agentv1.ResumeSandboxResponse{Sandbox: sb}), err
+}
+
+func (h *Host) change(id string, to agentv1.SandboxState) (*agentv1.Sandbox, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	sb := h.boxes[id]
+	if sb == nil {
+		return nil, wrenn.Errorf(wrenn.KindNotFound, "no such sandbox")
+	}
+	h.revision++
+	sb.State = to
+	sb.Revision++
+	return proto.CloneOf(sb), nil
+}
+
 // GetSandbox implements agentv1connect.AgentServiceHandler.
 func (h *Host) GetSandbox(_ context.Context, req *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error) {
 	h.mu.Lock()

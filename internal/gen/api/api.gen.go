@@ -677,6 +677,12 @@ type OnTimeout string
 // Path Example: /home/user/a.txt
 type Path = string
 
+// PauseRequest defines model for PauseRequest.
+type PauseRequest struct {
+	// Memory Keep the memory too
+	Memory *bool `json:"memory,omitempty"`
+}
+
 // Process defines model for Process.
 type Process struct {
 	Args []string `json:"args"`
@@ -711,6 +717,12 @@ type RegisteredHost struct {
 
 	// Token JWT with `typ` `host`, good for a year
 	Token string `json:"token"`
+}
+
+// ResumeRequest defines model for ResumeRequest.
+type ResumeRequest struct {
+	// TimeoutSec A new idle timeout; absent keeps the one it has
+	TimeoutSec *int32 `json:"timeout_sec,omitempty"`
 }
 
 // Sandbox defines model for Sandbox.
@@ -1160,8 +1172,14 @@ type MakeDirJSONRequestBody = MakeDirRequest
 // MoveFileJSONRequestBody defines body for MoveFile for application/json ContentType.
 type MoveFileJSONRequestBody = MoveFileRequest
 
+// PauseSandboxJSONRequestBody defines body for PauseSandbox for application/json ContentType.
+type PauseSandboxJSONRequestBody = PauseRequest
+
 // SignalProcessJSONRequestBody defines body for SignalProcess for application/json ContentType.
 type SignalProcessJSONRequestBody = SignalRequest
+
+// ResumeSandboxJSONRequestBody defines body for ResumeSandbox for application/json ContentType.
+type ResumeSandboxJSONRequestBody = ResumeRequest
 
 // SetSandboxTimeoutJSONRequestBody defines body for SetSandboxTimeout for application/json ContentType.
 type SetSandboxTimeoutJSONRequestBody = SetTimeoutRequest
@@ -3942,6 +3960,7 @@ func (response StatFiledefaultJSONResponse) VisitStatFileResponse(w http.Respons
 type PauseSandboxRequestObject struct {
 	ID     SandboxID `json:"id"`
 	Params PauseSandboxParams
+	Body   *PauseSandboxJSONRequestBody
 }
 
 type PauseSandboxResponseObject interface {
@@ -4097,6 +4116,7 @@ func (response SignalProcessdefaultJSONResponse) VisitSignalProcessResponse(w ht
 type ResumeSandboxRequestObject struct {
 	ID     SandboxID `json:"id"`
 	Params ResumeSandboxParams
+	Body   *ResumeSandboxJSONRequestBody
 }
 
 type ResumeSandboxResponseObject interface {
@@ -5123,6 +5143,16 @@ func (sh *strictHandler) PauseSandbox(w http.ResponseWriter, r *http.Request, id
 	request.ID = id
 	request.Params = params
 
+	var body PauseSandboxJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		if !errors.Is(err, io.EOF) {
+			sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+			return
+		}
+	} else {
+		request.Body = &body
+	}
+
 	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
 		return sh.ssi.PauseSandbox(ctx, request.(PauseSandboxRequestObject))
 	}
@@ -5237,6 +5267,16 @@ func (sh *strictHandler) ResumeSandbox(w http.ResponseWriter, r *http.Request, i
 
 	request.ID = id
 	request.Params = params
+
+	var body ResumeSandboxJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		if !errors.Is(err, io.EOF) {
+			sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+			return
+		}
+	} else {
+		request.Body = &body
+	}
 
 	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
 		return sh.ssi.ResumeSandbox(ctx, request.(ResumeSandboxRequestObject))

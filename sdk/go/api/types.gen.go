@@ -666,6 +666,12 @@ type OnTimeout string
 // Path Example: /home/user/a.txt
 type Path = string
 
+// PauseRequest defines model for PauseRequest.
+type PauseRequest struct {
+	// Memory Keep the memory too
+	Memory bool `json:"memory,omitempty,omitzero"`
+}
+
 // Process defines model for Process.
 type Process struct {
 	Args []string `json:"args"`
@@ -700,6 +706,12 @@ type RegisteredHost struct {
 
 	// Token JWT with `typ` `host`, good for a year
 	Token string `json:"token"`
+}
+
+// ResumeRequest defines model for ResumeRequest.
+type ResumeRequest struct {
+	// TimeoutSec A new idle timeout; absent keeps the one it has
+	TimeoutSec int32 `json:"timeout_sec,omitempty,omitzero"`
 }
 
 // Sandbox defines model for Sandbox.
@@ -1179,8 +1191,14 @@ type MakeDirJSONRequestBody = MakeDirRequest
 // MoveFileJSONRequestBody defines body for MoveFile for application/json ContentType.
 type MoveFileJSONRequestBody = MoveFileRequest
 
+// PauseSandboxJSONRequestBody defines body for PauseSandbox for application/json ContentType.
+type PauseSandboxJSONRequestBody = PauseRequest
+
 // SignalProcessJSONRequestBody defines body for SignalProcess for application/json ContentType.
 type SignalProcessJSONRequestBody = SignalRequest
+
+// ResumeSandboxJSONRequestBody defines body for ResumeSandbox for application/json ContentType.
+type ResumeSandboxJSONRequestBody = ResumeRequest
 
 // SetSandboxTimeoutJSONRequestBody defines body for SetSandboxTimeout for application/json ContentType.
 type SetSandboxTimeoutJSONRequestBody = SetTimeoutRequest

@@ -1,0 +1,54 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	wrenn "github.com/wrenn-sandbox/wrenn/sdk/go"
+)
+
+func (a *app) pauseCommand() *cobra.Command {
+	var diskOnly bool
+	cmd := &cobra.Command{
+		Use: "pause SANDBOX…", Short: "Pause sandboxes: they keep disk and memory and use nothing else",
+		Example: `  wrenn sandbox pause my-box
+  wrenn sandbox pause my-box --disk-only`,
+		Args: cobra.MinimumNArgs(1), ValidArgsFunction: a.completeSandbox,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.change(cmd.Context(), args, func(ctx context.Context, sb *wrenn.Sandbox) error { return sb.Pause(ctx, !diskOnly) })
+		},
+	}
+	cmd.Flags().BoolVar(&diskOnly, "disk-only", false, "give the memory up; a resume then boots")
+	return cmd
+}
+
+func (a *app) resumeCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "resume SANDBOX…", Short: "Let paused sandboxes run again, where they were",
+		Example: "  wrenn sandbox resume my-box",
+		Args:    cobra.MinimumNArgs(1), ValidArgsFunction: a.completeSandbox,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.change(cmd.Context(), args, func(ctx context.Context, sb *wrenn.Sandbox) error { return sb.Resume(ctx) })
+		},
+	}
+}
+
+// change does one thing to every sandbox that is named, and shows what became of them.
+func (a *app) change(ctx context.Context, refs []string, do func(context.Context, *wrenn.Sandbox) error) error {
+	for _, ref := range refs {
+		sb, err := a.find(ctx, ref)
+		if err != nil {
+			return err
+		}
+		if err := do(ctx, sb); err != nil {
+			return err
+		}
+		if err := a.print(sb.Sandbox, func(w io.Writer) { fmt.Fprintln(w, sb.ID) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
