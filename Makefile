@@ -69,7 +69,7 @@ generate-sql:
 IMAGES ?= minimal base
 WRENN_DIR ?= .wrenn
 images: build-envd ## Make the guest's kernel, initramfs and images (IMAGES="minimal base", WRENN_DIR=.wrenn)
-	go run ./images/build -images $(WRENN_DIR)/images -kernels $(WRENN_DIR)/kernels $(IMAGES)
+	@go run ./images/build -images $(WRENN_DIR)/images -kernels $(WRENN_DIR)/kernels $(IMAGES)
 
 # --- Tests --------------------------------------------------------------------------------------
 export WRENN_TEST_BIN := $(CURDIR)/builds

@@ -28,6 +28,7 @@ need xz xz-utils
 need zstd zstd
 if [ "$(id -u)" != 0 ]; then need newuidmap uidmap; fi
 if [ "${1:-run}" = test ]; then need git git; fi
+if [ ! -s /usr/share/keyrings/debian-archive-keyring.gpg ]; then missing+=(debian-archive-keyring) packages+=(debian-archive-keyring); fi
 if [ ! -s /etc/ssl/certs/ca-certificates.crt ]; then missing+=(ca-certificates) packages+=(ca-certificates); fi
 
 [ ${#missing[@]} = 0 ] && exit 0

@@ -101,11 +101,22 @@ func (b *builder) build(ctx context.Context, names []string) error {
 			failed <- err
 		}()
 	}
-	for range wanted {
-		err = errors.Join(err, <-failed)
+	alive := time.NewTicker(stillEvery)
+	defer alive.Stop()
+	for done := 0; done < len(wanted); {
+		select {
+		case e := <-failed:
+			err = errors.Join(err, e)
+			done++
+		case <-alive.C: // installing hundreds of packages says nothing for minutes
+			b.step("… %d of %d in the making", len(wanted)-done, len(wanted))
+		}
 	}
 	return err
 }
+
+// stillEvery is how often a long build gives a sign of life.
+const stillEvery = 15 * time.Second
 
 // step tells what is being done, with the time since the start.
 func (b *builder) step(format string, args ...any) {

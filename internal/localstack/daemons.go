@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -36,14 +37,18 @@ func (s *Stack) upToDate(name, fingerprint string) bool {
 	return err == nil && string(raw) == fingerprint
 }
 
-// fingerprint stands for a program file and its settings.
+// fingerprint stands for a program and its settings. It goes by the program's content: building it
+// again changes its time.
 func fingerprint(program string, settings ...string) (string, error) {
-	info, err := os.Stat(program)
+	f, err := os.Open(program)
 	if err != nil {
 		return "", err
 	}
+	defer f.Close()
 	h := sha256.New()
-	fmt.Fprintf(h, "%s %d %d\n", program, info.Size(), info.ModTime().UnixNano())
+	if _, err := io.Copy(h, f); err != nil {
+		return "", err
+	}
 	for _, v := range settings {
 		fmt.Fprintf(h, "%q\n", v)
 	}
