@@ -148,7 +148,7 @@ func (h *host) objects(t *testing.T, name string) []string {
 	return found
 }
 
-func (h *host) dial(addr string) error { return dialFrom(h.netns, addr) }
+func (h *host) dial(addr string) error { return dialFrom(h.netns, addr, patience) }
 
 func acquire(t *testing.T, p *Pool) *Slot {
 	t.Helper()
@@ -226,7 +226,7 @@ func attach(t *testing.T, path, tap string) *os.File {
 }
 
 func (g *guest) listen(t *testing.T, addr string) { t.Helper(); serve(t, g.netns, addr, "guest") }
-func (g *guest) dial(addr string) error           { return dialFrom(g.netns, addr) }
+func (g *guest) dial(addr string) error           { return dialFrom(g.netns, addr, patience) }
 
 // cannotReach dials all addresses at once: a dropped packet shows only by its time limit.
 func (g *guest) cannotReach(t *testing.T, addrs ...string) {
@@ -234,7 +234,7 @@ func (g *guest) cannotReach(t *testing.T, addrs ...string) {
 	var wg sync.WaitGroup
 	for _, addr := range addrs {
 		wg.Go(func() {
-			if err := g.dial(addr); err == nil {
+			if err := dialFrom(g.netns, addr, shortly); err == nil {
 				t.Errorf("the guest can reach %s", addr)
 			}
 		})
@@ -259,9 +259,16 @@ func (g *guest) lookup(network, name string) (string, error) {
 	return ips[0].String(), nil
 }
 
-func dialFrom(path, addr string) error {
+// What shall be reached gets the time for a lost packet to be sent again; what shall not is dropped, and
+// shows only by the end of the wait.
+const (
+	patience = 10 * time.Second
+	shortly  = 300 * time.Millisecond
+)
+
+func dialFrom(path, addr string, limit time.Duration) error {
 	return netns.Do(path, func() error {
-		conn, err := net.DialTimeout("tcp4", addr, 300*time.Millisecond)
+		conn, err := net.DialTimeout("tcp4", addr, limit)
 		if err != nil {
 			return err
 		}

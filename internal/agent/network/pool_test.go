@@ -102,7 +102,7 @@ func TestEgressReachesPublicAddressesAndNothingElse(t *testing.T) {
 	// Nothing comes in from outside either.
 	route := netlink.Route{Dst: ipNet(p.addresses), Gw: net.ParseIP("11.0.0.2")}
 	must(t, netns.Do(h.outside, func() error { return netlink.RouteAdd(&route) }))
-	if err := dialFrom(h.outside, slotEnd.Addr().String()+":80"); err == nil {
+	if err := dialFrom(h.outside, slotEnd.Addr().String()+":80", shortly); err == nil {
 		t.Error("the outside can reach a slot")
 	}
 }
@@ -140,7 +140,7 @@ func TestVMMInItsNamespaceReachesNothing(t *testing.T) {
 	h := newHost(t)
 	s := acquire(t, h.open(t, Options{Slots: 2, Egress: EgressInternet}))
 	h.guest(t, s).listen(t, ":7")
-	if err := dialFrom(s.NetnsPath, "11.22.33.44:80"); err == nil {
+	if err := dialFrom(s.NetnsPath, "11.22.33.44:80", shortly); err == nil {
 		t.Error("a process in the namespace, outside of the guest, reached the internet")
 	}
 }

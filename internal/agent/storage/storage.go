@@ -186,8 +186,7 @@ func statfs(path string) (free, total int64, err error) {
 	if err := unix.Statfs(path, &st); err != nil {
 		return 0, 0, wrenn.Wrap(err, wrenn.KindInternal, "cannot tell the free space of %s", path)
 	}
-	bsize := int64(st.Bsize)
-	return int64(st.Bavail) * bsize, int64(st.Blocks) * bsize, nil
+	return int64(st.Bavail) * st.Bsize, int64(st.Blocks) * st.Bsize, nil
 }
 
 // NeedSpace is nil if that many bytes may be written, else an error of KindDiskFull with the numbers.

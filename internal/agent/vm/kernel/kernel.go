@@ -27,6 +27,8 @@ import (
 const (
 	maxImage   = 256 << 20 // of a bzImage, in bytes
 	maxVmlinux = 1 << 30   // of what is in it
+	maxWindow  = 128 << 20 // of zstd, as the kernel build uses at most
+	minDict    = 64 << 10  // of xz; a stream says itself if it needs more
 )
 
 // Offsets in a bzImage, from the Linux/x86 boot protocol (Documentation/arch/x86/boot.rst).
@@ -161,9 +163,9 @@ func decompress(payload []byte) (io.Reader, error) {
 		z.Multistream(false)
 		return z, nil
 	case bytes.HasPrefix(payload, []byte("\xfd7zXZ\x00")):
-		return xz.ReaderConfig{SingleStream: true, DictCap: 128 << 20}.NewReader(bytes.NewReader(body))
+		return xz.ReaderConfig{SingleStream: true, DictCap: minDict}.NewReader(bytes.NewReader(body))
 	case bytes.HasPrefix(payload, []byte("\x28\xb5\x2f\xfd")):
-		return zstd.NewReader(bytes.NewReader(body), zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxVmlinux))
+		return zstd.NewReader(bytes.NewReader(body), zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxVmlinux), zstd.WithDecoderMaxWindow(maxWindow))
 	case bytes.HasPrefix(payload, []byte("\x02\x21\x4c\x18")):
 		return lz4.NewReader(bytes.NewReader(body)), nil
 	case bytes.HasPrefix(payload, elfMagic):

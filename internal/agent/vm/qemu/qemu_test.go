@@ -106,14 +106,14 @@ func newLab(t *testing.T) *lab {
 			t.Error(err)
 		}
 	})
-	if l.initrd, err = vmtest.BuildInitramfs(t.TempDir(), kernel); err != nil {
+	if l.initrd, err = vmtest.BuildInitramfs(t.Context(), t.TempDir(), kernel); err != nil {
 		t.Fatal(err)
 	}
 	// The probe has a test of its own; here only QEMU is looked for.
 	if l.verdict, err = findQEMU(t.Context(), ""); err != nil {
 		t.Skip(err.Error())
 	}
-	name := fmt.Sprintf("q%d%c", os.Getpid()%1_000_000, 'a'+rune(labs.Add(1)))
+	name := fmt.Sprintf("q%d%c", os.Getpid()%1_000_000, 'a'+labs.Add(1))
 	l.opts = Options{CacheDir: filepath.Join(l.dir, "cache"), CgroupParent: "wrenn-" + name, Log: slog.New(slog.NewTextHandler(t.Output(), nil))}
 	if l.pool, err = network.Open(t.Context(), network.Options{Name: name, Slots: 64, BaseUID: 760_000}); err != nil {
 		t.Fatal(err)

@@ -305,7 +305,7 @@ func (s *suite) adoption(t *testing.T) {
 	r.expect("check", "7 24")
 	done := make(chan error, 1)
 	go func() { done <- s.env.New().Wait(r.context(), r.handle) }()
-	s.env.New().Destroy(r.context(), r.handle)
+	r.ok("destroy by another driver", s.env.New().Destroy(r.context(), r.handle))
 	r.ok("wait of another driver", <-done)
 	r.state(vm.StateGone)
 }

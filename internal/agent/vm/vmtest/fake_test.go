@@ -30,7 +30,6 @@ type machine struct {
 	since    time.Time     // of running
 	ran      time.Duration // before
 	pattern  string
-	disk     string
 	gone     chan struct{}
 	finished bool
 }

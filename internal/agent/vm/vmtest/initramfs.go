@@ -2,6 +2,7 @@ package vmtest
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -28,10 +29,10 @@ func Kernel() (string, error) {
 }
 
 // BuildInitramfs makes an initramfs of the suite's guest and the modules of the kernel, in dir.
-func BuildInitramfs(dir, kernel string) (string, error) {
+func BuildInitramfs(ctx context.Context, dir, kernel string) (string, error) {
 	_, file, _, _ := runtime.Caller(0)
 	init := filepath.Join(dir, "init")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", init, ".")
+	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", init, ".")
 	build.Dir = filepath.Join(filepath.Dir(file), "guest")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
 	if out, err := build.CombinedOutput(); err != nil {

@@ -7,6 +7,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -38,7 +39,7 @@ func main() {
 	}
 	m := &machine{}
 	go m.tick()
-	ln, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
+	ln, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", fmt.Sprintf(":%d", port))
 	if err != nil {
 		fmt.Println("guest: cannot listen:", err)
 		powerOff()
@@ -187,7 +188,7 @@ func dial(args []string) (string, error) {
 	if len(args) != 2 {
 		return "", errors.New("network and address")
 	}
-	conn, err := net.DialTimeout(args[0], args[1], time.Second)
+	conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(context.Background(), args[0], args[1])
 	if err != nil {
 		return "", err
 	}

@@ -1,0 +1,248 @@
+//go:build linux
+
+package vmproc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+)
+
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		_, _ = Sweep(parent, func(string) bool { return false })
+		os.Exit(code)
+	}))
+}
+
+const parent = "wrenn-vmproctest"
+
+// sleeper starts a process that does nothing, and ends it after the test.
+func sleeper(t *testing.T, spec Spec) *Process {
+	t.Helper()
+	spec.Path = "/bin/sleep"
+	spec.Args = []string{"60"}
+	p, err := Launch(spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := p.Kill(context.Background()); err != nil {
+			t.Error(err)
+		}
+		if err := p.Reap(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+			t.Error(err)
+		}
+	})
+	return p
+}
+
+func needRoot(t *testing.T) *Hierarchy {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("needs root: uids and cgroups")
+	}
+	h, err := FindHierarchy()
+	if err != nil {
+		t.Skip(err.Error())
+	}
+	return h
+}
+
+func TestLaunchedProcessIsConfinedAndTheAgentIsNot(t *testing.T) {
+	t.Parallel()
+	h := needRoot(t)
+	c := h.Cgroup(parent, "confined")
+	if err := c.Ensure(Limits{MemoryBytes: 64 << 20, CPUs: 0.5, PIDs: 10}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Remove(); err != nil {
+			t.Error(err)
+		}
+	})
+	p := sleeper(t, Spec{UID: 700_900, GID: 700_901, Cgroup: c})
+	if pids, err := c.PIDs(); err != nil || !slices.Equal(pids, []int{p.PID}) {
+		t.Errorf("the cgroup holds %v, %v", pids, err)
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"Uid:\t700900\t700900", "Gid:\t700901\t700901", "NoNewPrivs:\t1", "CapBnd:\t0000000000000000"} {
+		if !strings.Contains(string(status), want) {
+			t.Errorf("no %q in the process's status", want)
+		}
+	}
+	out, err := exec.Command("grep", "NoNewPrivs", "/proc/self/status").Output()
+	if err != nil || strings.TrimSpace(string(out)) != "NoNewPrivs:\t0" {
+		t.Errorf("children of the agent are confined, too: %q, %v", out, err)
+	}
+}
+
+func TestManyLaunchesLeaveNoThreadBehind(t *testing.T) {
+	t.Parallel()
+	h := needRoot(t)
+	c := h.Cgroup(parent, "many")
+	if err := c.Ensure(Limits{MemoryBytes: 64 << 20, CPUs: 1, PIDs: 100}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Remove(); err != nil { // refused while a thread of this process is in it
+			t.Error(err)
+		}
+	})
+	var wg sync.WaitGroup
+	for range 20 {
+		wg.Go(func() {
+			p, err := Launch(Spec{Path: "/bin/true", UID: 700_900, GID: 700_900, Cgroup: c})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if err := p.Wait(context.Background()); err != nil {
+				t.Error(err)
+			}
+			if err := p.Reap(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func TestWaitKillAndAlive(t *testing.T) {
+	t.Parallel()
+	needRoot(t)
+	p := sleeper(t, Spec{UID: 700_902, GID: 700_902})
+	if alive, err := p.Alive(); err != nil || !alive {
+		t.Fatalf("alive %v, %v", alive, err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	if err := p.Wait(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("wait: %v", err)
+	}
+	if err := p.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if alive, err := p.Alive(); err != nil || alive { // a zombie until it is reaped
+		t.Errorf("killed, and alive %v, %v", alive, err)
+	}
+	if err := errors.Join(p.Wait(t.Context()), p.Kill(t.Context())); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAnotherProcessIsNotTakenForOurs(t *testing.T) {
+	t.Parallel()
+	me, err := identify(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, p := range map[string]*Process{
+		"started at another time": {PID: me.PID, StartTime: me.StartTime + 1, BootID: me.BootID},
+		"of another boot":         {PID: me.PID, StartTime: me.StartTime, BootID: "x"},
+		"no pid":                  {BootID: me.BootID},
+		"every process":           {PID: -1, BootID: me.BootID},
+		"a pid that is not there": {PID: 1 << 30, BootID: me.BootID},
+	} {
+		if alive, err := p.Alive(); err != nil || alive {
+			t.Errorf("%s: alive %v, %v", name, alive, err)
+		}
+		if err := errors.Join(p.Kill(t.Context()), p.Wait(t.Context())); err != nil { // this test would not survive it
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestLaunchThatFailsLeavesNothing(t *testing.T) {
+	t.Parallel()
+	h := needRoot(t)
+	absent := h.Cgroup(parent, "absent")
+	for name, spec := range map[string]Spec{
+		"no program": {Path: "/nonexistent"},
+		"no netns":   {Path: "/bin/true", NetnsPath: "/nonexistent"},
+		"no cgroup":  {Path: "/bin/true", Cgroup: absent},
+		"no device":  {Path: "/bin/true", Devices: []string{"/nonexistent"}, Dir: t.TempDir()},
+	} {
+		if p, err := Launch(spec); err == nil {
+			t.Errorf("%s: started %d", name, p.PID)
+		}
+	}
+}
+
+// TestDevicesAreTheProcessesOwn gives a process a device that its uid has no right to.
+func TestDevicesAreTheProcessesOwn(t *testing.T) {
+	t.Parallel()
+	needRoot(t)
+	dir, err := os.MkdirTemp("", "vmproc-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	before, err := os.Stat("/dev/mem")
+	if err != nil {
+		t.Skip("this machine has no /dev/mem to test with")
+	}
+	q := sleeper(t, Spec{UID: 700_903, GID: 700_903, Devices: []string{"/dev/mem"}, Dir: dir})
+	var st unix.Stat_t
+	if err := unix.Stat(fmt.Sprintf("/proc/%d/root/dev/mem", q.PID), &st); err != nil || st.Uid != 700_903 || st.Mode&0o777 != 0o600 {
+		t.Errorf("the process's device belongs to %d, mode %o, %v", st.Uid, st.Mode, err)
+	}
+	after, err := os.Stat("/dev/mem")
+	if err != nil || after.Sys().(*syscall.Stat_t).Uid != before.Sys().(*syscall.Stat_t).Uid || after.Mode() != before.Mode() {
+		t.Errorf("the host's device is now %v, %v", after.Mode(), err)
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+		t.Errorf("the host sees %v in the process's directory, %v", entries, err)
+	}
+}
+
+func TestSweepEndsWhatIsNotKept(t *testing.T) {
+	t.Parallel()
+	h := needRoot(t)
+	const own = "wrenn-vmprocsweep"
+	var procs []*Process
+	for _, name := range []string{"slot-1", "slot-2"} {
+		c := h.Cgroup(own, name)
+		if err := c.Ensure(Limits{MemoryBytes: 64 << 20, CPUs: 1, PIDs: 10}); err != nil {
+			t.Fatal(err)
+		}
+		procs = append(procs, sleeper(t, Spec{UID: 700_904, GID: 700_904, Cgroup: c}))
+	}
+	if err := h.Cgroup(own, "slot-3").Ensure(Limits{MemoryBytes: 64 << 20, CPUs: 1, PIDs: 10}); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := Sweep(own, func(name string) bool { return name == "slot-1" }); n != 1 || err != nil {
+		t.Errorf("ended %d, %v", n, err)
+	}
+	one, err1 := procs[0].Alive()
+	two, err2 := procs[1].Alive()
+	if err := errors.Join(err1, err2); err != nil || !one || two {
+		t.Errorf("kept alive %v, other alive %v, %v", one, two, err)
+	}
+	if names, err := h.Children(own); err != nil || !slices.Equal(names, []string{"slot-1"}) {
+		t.Errorf("cgroups left: %v, %v", names, err)
+	}
+	if n, err := Sweep(own, func(string) bool { return false }); n != 1 || err != nil {
+		t.Errorf("ended %d, %v", n, err)
+	}
+	if _, err := os.Stat(h.Cgroup(own, "").Path("memory")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the parent is still there: %v", err)
+	}
+	if n, err := Sweep(own, func(string) bool { return false }); n != 0 || err != nil {
+		t.Errorf("nothing to sweep: %d, %v", n, err)
+	}
+}
