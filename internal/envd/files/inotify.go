@@ -38,7 +38,6 @@ type tree struct {
 	root      string
 	recursive bool
 	file      *os.File
-	fd        int
 	dirs      map[int32]string // watch descriptor → path relative to root, "" for root
 	buf       []byte
 	pending   []change
@@ -51,7 +50,7 @@ func watchTree(root string, recursive bool) (*tree, error) {
 		return nil, faultf(tooMany, "no more watchers can be made in this sandbox: %s", bare(err))
 	}
 	t := &tree{
-		root: root, recursive: recursive, fd: fd, file: os.NewFile(uintptr(fd), "inotify"),
+		root: root, recursive: recursive, file: os.NewFile(uintptr(fd), "inotify"),
 		dirs: map[int32]string{}, buf: make([]byte, 64<<10),
 	}
 	if err := t.add("", false); err != nil {
@@ -74,7 +73,11 @@ func watchFault(err error, path string) error {
 // reported as created: it was made before we could watch.
 func (t *tree) add(rel string, report bool) error {
 	dir := filepath.Join(t.root, rel)
-	wd, err := unix.InotifyAddWatch(t.fd, dir, watchMask)
+	var wd int
+	err := t.control(func(fd int) (err error) {
+		wd, err = unix.InotifyAddWatch(fd, dir, watchMask)
+		return err
+	})
 	if err != nil {
 		return &fs.PathError{Op: "watch", Path: dir, Err: err}
 	}
@@ -101,6 +104,17 @@ func (t *tree) add(rel string, report bool) error {
 		}
 	}
 	return nil
+}
+
+// control calls do with the descriptor, which stays open meanwhile; after close it fails.
+func (t *tree) control(do func(fd int) error) error {
+	conn, err := t.file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	err = conn.Control(func(fd uintptr) { failed = do(int(fd)) })
+	return errors.Join(err, failed)
 }
 
 // ignoreVanished drops errors of directories that were removed while we looked.
@@ -192,7 +206,10 @@ func (t *tree) event(wd int32, mask uint32, name string) error {
 func (t *tree) forget(rel string) {
 	for wd, dir := range t.dirs {
 		if dir == rel || strings.HasPrefix(dir, rel+"/") {
-			_, _ = unix.InotifyRmWatch(t.fd, uint32(wd)) // it may be gone
+			_ = t.control(func(fd int) error { // it may be gone
+				_, err := unix.InotifyRmWatch(fd, uint32(wd))
+				return err
+			})
 			delete(t.dirs, wd)
 		}
 	}

@@ -77,8 +77,13 @@ func openPipes(stdin bool) (s *stdio, err error) {
 }
 
 func openTerminal(size *processpb.PTY_Size, uid uint32) (*stdio, error) {
-	master, slave, err := pty.Open()
+	blocking, slave, err := pty.Open()
 	if err != nil {
+		return nil, err
+	}
+	master, err := pollable(blocking)
+	if err != nil {
+		slave.Close()
 		return nil, err
 	}
 	s := &stdio{tty: master, child: [3]*os.File{slave}, out: []source{{master, asPTY}}}
@@ -91,6 +96,20 @@ func openTerminal(size *processpb.PTY_Size, uid uint32) (*stdio, error) {
 		_ = slave.Chown(int(uid), -1) // so that programs may open it by name; not vital
 	}
 	return s, nil
+}
+
+// pollable gives f in a form whose reads and writes can be given deadlines, and closes f.
+func pollable(f *os.File) (*os.File, error) {
+	defer f.Close()
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		_ = unix.Close(fd)
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
 func resize(master *os.File, size *processpb.PTY_Size) error {
