@@ -44,14 +44,20 @@ type fakeMachine struct {
 	mu       sync.Mutex
 	identity boot.Identity
 	calls    []string
-	fail     error
 }
 
 func (m *fakeMachine) did(what string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.calls = append(m.calls, what)
-	return m.fail
+	return nil
+}
+
+// done lists what was done, in order.
+func (m *fakeMachine) done() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return strings.Join(m.calls, " ")
 }
 
 func (m *fakeMachine) Assume(id boot.Identity) error {
