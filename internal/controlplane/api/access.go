@@ -108,8 +108,8 @@ func (s *Server) apiKey(ctx context.Context, key string) (auth.Principal, error)
 	return auth.Principal{KeyID: row.ID, TeamID: row.TeamID}, nil
 }
 
-func unauthorized(cause error, format string, args ...any) error {
-	return wrenn.Wrap(cause, wrenn.KindUnauthorized, format, args...)
+func unauthorized(cause error, message string) error {
+	return wrenn.Wrap(cause, wrenn.KindUnauthorized, "%s", message)
 }
 
 // hostScope is whose hosts the principal may see: all for an admin, else those of its team.

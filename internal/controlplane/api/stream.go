@@ -316,7 +316,7 @@ func (k *socket) closeInput(err error) {
 
 func (k *socket) finish(failure error, input <-chan error, end *process.ProcessEvent_EndEvent, took time.Duration, c command) error {
 	select {
-	case <-input: // the client went away, or was told what it did wrong
+	case <-input: //nolint:errcheck // the client went away, or was told what it did wrong
 		return nil
 	default:
 	}
