@@ -33,7 +33,7 @@ func cloneFile(ctx context.Context, src, dst string, reflink bool) (err error) {
 		return wrenn.Errorf(wrenn.KindAlreadyExists, "cannot clone to %s: it exists already", dst)
 	}
 	// Written under another name first: a crash must not leave half a file under the right one.
-	out, err := os.CreateTemp(filepath.Dir(dst), ".clone-*")
+	out, err := os.CreateTemp(filepath.Dir(dst), cloneTemp)
 	if err != nil {
 		return fileError(err, "clone to", dst)
 	}

@@ -53,7 +53,7 @@ func (s *Store) Import(ctx context.Context, src, name string) (string, error) {
 
 // cloneDurably makes dst, and makes sure that after a power cut it is whole or absent.
 func (s *Store) cloneDurably(ctx context.Context, src, dst string) error {
-	tmp := dst + ".new"
+	tmp := dst + importTemp
 	if err := os.Remove(tmp); err != nil && !os.IsNotExist(err) {
 		return fileError(err, "import", src)
 	}

@@ -6,7 +6,9 @@ package storage
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -26,6 +28,13 @@ const (
 
 // MinVolumeSize is the smallest volume file that Open makes, in bytes. mkfs.xfs refuses less than 300 MB.
 const MinVolumeSize = 1 << 30
+
+// Names of files that are not finished, as patterns.
+const (
+	reflinkTemp = ".reflink-*"
+	cloneTemp   = ".clone-*"
+	importTemp  = ".new" // suffix
+)
 
 // reserve is what NeedSpace keeps back for the file system's own needs, in bytes.
 const reserve = 64 << 20
@@ -60,19 +69,33 @@ func Open(ctx context.Context, opts Options) (*Store, error) {
 	}
 	s := &Store{dir: opts.Dir}
 	if opts.Mode == ModeCopy {
-		if err := s.remount(ctx, opts); err != nil {
-			return nil, err
-		}
-		s.reason = "AGENT_STORAGE=copy"
-		return s, nil
+		err, s.reason = s.remount(ctx, opts), "AGENT_STORAGE=copy"
+	} else {
+		err = s.ensureReflinks(ctx, opts)
 	}
-	if err := s.ensureReflinks(ctx, opts); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	if !s.reflinks {
 		opts.Log.Warn("no reflinks: every sandbox disk is copied", "dir", opts.Dir, "reason", s.reason)
 	}
-	return s, nil
+	return s, s.removeUnfinished()
+}
+
+// removeUnfinished removes what a crash left of a probe or an import. Only one agent has the directory open.
+func (s *Store) removeUnfinished() error {
+	for _, pattern := range []string{reflinkTemp, filepath.Join(importDir, cloneTemp), filepath.Join(importDir, "*"+importTemp)} {
+		paths, err := filepath.Glob(filepath.Join(s.dir, pattern))
+		if err != nil {
+			return fileError(err, "list", s.dir)
+		}
+		for _, path := range paths {
+			if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return fileError(err, "remove", path)
+			}
+		}
+	}
+	return nil
 }
 
 func (o Options) normal() (Options, error) {

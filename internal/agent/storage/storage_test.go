@@ -358,3 +358,32 @@ func TestVolumeNeverHidesFiles(t *testing.T) {
 	}
 	same(t, mine, []byte("kept"))
 }
+
+func TestOpenRemovesWhatACrashLeft(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	images := filepath.Join(dir, importDir)
+	if err := os.Mkdir(images, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	kept := []string{filepath.Join(dir, "mine"), filepath.Join(images, "minimal.ext4@0011")}
+	left := []string{filepath.Join(dir, ".reflink-1"), filepath.Join(images, ".clone-2"), filepath.Join(images, "minimal.ext4@0012.new")}
+	for _, path := range append(append([]string(nil), kept...), left...) {
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := Open(t.Context(), Options{Dir: dir, Mode: ModeCopy}); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range left {
+		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is still there: %v", path, err)
+		}
+	}
+	for _, path := range kept {
+		if _, err := os.Stat(path); err != nil {
+			t.Error(err)
+		}
+	}
+}

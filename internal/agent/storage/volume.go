@@ -18,7 +18,7 @@ const setupTimeout = time.Minute
 
 // probeReflink tries a reflink between two files in dir.
 func probeReflink(dir string) error {
-	src, err := os.CreateTemp(dir, ".reflink-*")
+	src, err := os.CreateTemp(dir, reflinkTemp)
 	if err != nil {
 		return err
 	}
@@ -26,7 +26,7 @@ func probeReflink(dir string) error {
 	if _, err := src.Write(make([]byte, 4096)); err != nil {
 		return err
 	}
-	dst, err := os.CreateTemp(dir, ".reflink-*")
+	dst, err := os.CreateTemp(dir, reflinkTemp)
 	if err != nil {
 		return err
 	}

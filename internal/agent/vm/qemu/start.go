@@ -144,6 +144,10 @@ func (s *starting) makeCgroup() error {
 		return wrenn.Errorf(wrenn.KindInvalidState, "a VM of this name runs already; destroy it first")
 	}
 	s.cgroup = cgroup
+	// An empty one that a crash left has the limits of another VM, and v1 does not let all be raised in place.
+	if err := cgroup.Remove(); err != nil {
+		return err
+	}
 	return cgroup.Ensure(s.driver.limits(s.cfg))
 }
 
