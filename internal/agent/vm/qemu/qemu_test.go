@@ -80,7 +80,7 @@ type lab struct {
 var labs atomic.Int32
 
 // newLab skips where no VM can be run, and cleans up after the whole test.
-func newLab(t *testing.T) *lab {
+func newLab(t testing.TB) *lab {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("boots virtual machines")
@@ -136,7 +136,7 @@ func newLab(t *testing.T) *lab {
 
 func (l *lab) driver() vm.Driver { return New(l.verdict, l.opts) }
 
-func (l *lab) config(t *testing.T) vm.Config {
+func (l *lab) config(t testing.TB) vm.Config {
 	t.Helper()
 	slot, err := l.pool.Acquire(t.Context())
 	if err != nil {
@@ -236,7 +236,7 @@ func TestQEMUConforms(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Close(leak) })
-	vmtest.Exercise(t, vmtest.Env{New: l.driver, Config: l.config, Ask: l.ask, Leftovers: l.leftovers, Confinement: l.confined})
+	vmtest.Exercise(t, vmtest.Env{New: l.driver, Config: func(t *testing.T) vm.Config { return l.config(t) }, Ask: l.ask, Leftovers: l.leftovers, Confinement: l.confined})
 }
 
 // confined looks at a running QEMU from outside.
