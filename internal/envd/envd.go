@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"time"
@@ -64,6 +65,9 @@ func Run(ctx context.Context, args []string, _ []string, _ io.Reader, stdout, st
 			log.Warn("user processes get no cgroups", "error", err)
 		}
 	}
+	// Starting a process stops one scheduler of the runtime until its exec; with one CPU it would be the only
+	// one, and nothing would be answered meanwhile.
+	runtime.GOMAXPROCS(max(2, runtime.NumCPU()))
 	debug.SetGCPercent(50) // the guest's memory belongs to its user
 	lis, err := (&net.ListenConfig{}).Listen(ctx, "tcp", *listen)
 	if err != nil {

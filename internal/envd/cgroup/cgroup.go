@@ -59,18 +59,39 @@ func Open(root string, reserve uint64) (*Tree, error) {
 		}
 	}
 	t.next.Store(uint64(os.Getpid()) << 32) // a restarted agent meets no group of its predecessor
-	t.limitMemory(root, reserve)
+	t.protect(root, reserve)
 	return t, nil
 }
 
-// limitMemory is best effort: a kernel without the memory controller still runs processes.
-func (t *Tree) limitMemory(root string, reserve uint64) {
+// Bounds of how many tasks user processes may be; between them it goes by memory, since a task costs some.
+const (
+	minTasks    = 1024
+	maxTasks    = 32 << 10
+	bytesOfTask = 64 << 10
+)
+
+// protect keeps user processes from starving the agent and the kernel of memory, tasks and CPU time: with
+// the cpu controller all of them together weigh as much as the agent alone when both want to run, and each
+// command as much as any other, however many processes it is. It is best effort: a kernel without a
+// controller still runs processes.
+func (t *Tree) protect(root string, reserve uint64) {
+	for _, controller := range []string{"+memory", "+pids", "+cpu"} {
+		_ = os.WriteFile(filepath.Join(root, "cgroup.subtree_control"), []byte(controller), 0)
+	}
+	for _, dir := range []string{t.dir, filepath.Join(t.dir, string(User)), filepath.Join(t.dir, string(PTY))} {
+		_ = os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+cpu"), 0)
+	}
 	var info unix.Sysinfo_t
-	if unix.Sysinfo(&info) != nil || os.WriteFile(filepath.Join(root, "cgroup.subtree_control"), []byte("+memory"), 0) != nil {
+	if unix.Sysinfo(&info) != nil {
 		return
 	}
-	if total := info.Totalram * uint64(info.Unit); total > 2*reserve {
-		_ = os.WriteFile(filepath.Join(t.dir, "memory.max"), []byte(strconv.FormatUint(total-reserve, 10)), 0)
+	total := info.Totalram * uint64(info.Unit)
+	limits := map[string]uint64{"pids.max": min(max(total/bytesOfTask, minTasks), maxTasks)}
+	if total > 2*reserve {
+		limits["memory.max"] = total - reserve
+	}
+	for file, limit := range limits {
+		_ = os.WriteFile(filepath.Join(t.dir, file), []byte(strconv.FormatUint(limit, 10)), 0)
 	}
 }
 
