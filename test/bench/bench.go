@@ -1,0 +1,94 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"sync"
+	"time"
+
+	wrenn "github.com/wrenn-sandbox/wrenn/sdk/go"
+	"github.com/wrenn-sandbox/wrenn/test/stack"
+)
+
+// bench is a run under way.
+type bench struct {
+	stack    *stack.Stack
+	report   *report
+	say      func(format string, args ...any)
+	part     string          // that runs now
+	prepared map[string]bool // templates that are known to be ready to clone
+}
+
+// smallMB is the memory of the sandboxes that are measured where nothing else is said.
+const smallMB = 256
+
+// cleanup is how long the removal of one thing may take, also when the run was cut off.
+const cleanup = 30 * time.Second
+
+// prepare makes sure that an image and a size were booted and frozen, so that the next create is a restore.
+func (b *bench) prepare(ctx context.Context, template string, memoryMB int32) error {
+	key := fmt.Sprintf("%s-%d", template, memoryMB)
+	if b.prepared[key] {
+		return nil
+	}
+	sb, err := b.create(ctx, template, memoryMB)
+	if err != nil {
+		return err
+	}
+	b.prepared[key] = true
+	return b.remove(ctx, sb)
+}
+
+func (b *bench) create(ctx context.Context, template string, memoryMB int32) (*wrenn.Sandbox, error) {
+	return b.stack.Client.CreateSandbox(ctx, wrenn.SandboxOptions{Template: template, MemoryMB: memoryMB})
+}
+
+// remove deletes a sandbox, also after ctx ended.
+func (b *bench) remove(ctx context.Context, sb *wrenn.Sandbox) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
+	defer cancel()
+	_, err := sb.Delete(ctx)
+	return err
+}
+
+// templateDir is the saved machine that sandboxes of an image and a size are cloned from.
+func (b *bench) templateDir(template string, memoryMB int) (string, error) {
+	pattern := filepath.Join(b.volume(), "templates", fmt.Sprintf("%s-*-1x%d", template, memoryMB))
+	found, err := filepath.Glob(pattern)
+	if err == nil && len(found) != 1 {
+		err = fmt.Errorf("%s: %d templates, not 1", pattern, len(found))
+	}
+	if err != nil {
+		return "", err
+	}
+	return found[0], nil
+}
+
+// volume is the agent's file system with reflinks.
+func (b *bench) volume() string { return filepath.Join(b.stack.Dir, "sandboxes") }
+
+// timed is how long fn takes, in milliseconds.
+func timed(fn func() error) (float64, error) {
+	began := time.Now()
+	err := fn()
+	return ms(time.Since(began)), err
+}
+
+func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+
+// together runs fn for 0 to n-1 at once and gives its results in order; the errors are joined.
+func together[T any](n int, fn func(i int) (T, error)) ([]T, error) {
+	out, errs := make([]T, n), make([]error, n)
+	var wg sync.WaitGroup
+	for i := range n {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			out[i], errs[i] = fn(i)
+		}()
+	}
+	wg.Wait()
+	return out, errors.Join(errs...)
+}
