@@ -161,7 +161,7 @@ func (l *lab) boot(ctx context.Context, kernel string, net int, image string, hw
 	if initrd := filepath.Join(filepath.Dir(kernel), "initramfs.img"); exists(initrd) {
 		args = append(args, "-initrd", initrd)
 	}
-	return startFloor(dir, l.nets[net], hw, args, nil)
+	return startFloor(ctx, dir, l.nets[net], hw, args, nil)
 }
 
 // restore continues a template in a clone of it.
@@ -178,7 +178,7 @@ func (l *lab) restore(ctx context.Context, net int, template string, hw hardware
 		return nil, err
 	}
 	defer state.Close()
-	vm, err := startFloor(dir, l.nets[net], hw, []string{"-incoming", "defer"}, []*os.File{state})
+	vm, err := startFloor(ctx, dir, l.nets[net], hw, []string{"-incoming", "defer"}, []*os.File{state})
 	if err != nil {
 		return nil, err
 	}
@@ -202,7 +202,7 @@ type floorVM struct {
 }
 
 // startFloor starts QEMU in a namespace. files become its descriptors from 4 on; 3 is the monitor.
-func startFloor(dir, namespace string, hw hardware, args []string, files []*os.File) (vm *floorVM, err error) {
+func startFloor(ctx context.Context, dir, namespace string, hw hardware, args []string, files []*os.File) (vm *floorVM, err error) {
 	socket := filepath.Join(dir, "qmp")
 	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
 	if err != nil {
@@ -228,7 +228,7 @@ func startFloor(dir, namespace string, hw hardware, args []string, files []*os.F
 		return nil, err
 	}
 	vm.guest = newDirect(path, "")
-	if vm.monitor, err = dialMonitor(socket); err != nil {
+	if vm.monitor, err = dialMonitor(ctx, socket); err != nil {
 		return nil, errors.Join(err, vm.stop())
 	}
 	return vm, nil

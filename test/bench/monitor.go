@@ -18,8 +18,9 @@ type monitor struct {
 	in   *json.Decoder
 }
 
-func dialMonitor(socket string) (*monitor, error) {
-	conn, err := net.DialTimeout("unix", socket, monitorTimeout)
+func dialMonitor(ctx context.Context, socket string) (*monitor, error) {
+	dialer := net.Dialer{Timeout: monitorTimeout}
+	conn, err := dialer.DialContext(ctx, "unix", socket)
 	if err != nil {
 		return nil, err
 	}
