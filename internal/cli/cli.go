@@ -123,7 +123,7 @@ Which control plane it speaks to, and as whom, it takes from the first of
 	add("use", a.sandboxCommand(), a.templateCommand(), a.loginCommand(), a.logoutCommand())
 	add("fleet", a.hostCommand(), a.keyCommand())
 	add("local", a.upCommand(), a.downCommand(), a.statusCommand(), a.resetCommand())
-	root.AddCommand(a.versionCommand())
+	root.AddCommand(a.versionCommand(), a.devCommand())
 	return root
 }
 

@@ -253,3 +253,30 @@ func (a *app) confirm(what string) error {
 	}
 	return nil
 }
+
+// devCommand is for those who work on Wrenn itself; make dev and make dev-agent use it.
+func (a *app) devCommand() *cobra.Command {
+	cmd := group("dev", "Run a part of Wrenn in this terminal, for its developers")
+	cmd.Hidden = true
+	part := func(use, short string, run func(*localstack.Stack, *cobra.Command) error) *cobra.Command {
+		return &cobra.Command{Use: use, Short: short, Args: noArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+			var want localstack.Config
+			if err := a.stackFromEnv(&want); err != nil {
+				return err
+			}
+			s, err := a.openStack(want)
+			if err != nil {
+				return err
+			}
+			return run(s, cmd)
+		}}
+	}
+	cmd.AddCommand(
+		part("control-plane", "Run wrenn-cp, with PostgreSQL and Redis in the background", func(s *localstack.Stack, cmd *cobra.Command) error {
+			return s.RunControlPlane(cmd.Context(), a.stdio.Err)
+		}),
+		part("agent", "Register this machine and run wrenn-agent", func(s *localstack.Stack, cmd *cobra.Command) error {
+			return s.RunAgent(cmd.Context(), a.stdio.Err)
+		}))
+	return cmd
+}
