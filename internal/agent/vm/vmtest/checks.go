@@ -333,7 +333,12 @@ func (s *suite) powerOff(t *testing.T) {
 	r := s.start(t, s.clone(t))
 	done := make(chan error, 1)
 	go func() { done <- r.driver.Wait(r.context(), r.handle) }()
-	r.ask("poweroff")
+	// The guest may be gone before its answer has left, so only its end counts.
+	ctx, stop := context.WithCancel(r.context())
+	var asking sync.WaitGroup
+	asking.Go(func() { _, _ = s.env.Ask(ctx, r.cfg, "poweroff") })
+	defer asking.Wait()
+	defer stop()
 	select {
 	case err := <-done:
 		r.ok("wait", err)
