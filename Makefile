@@ -8,12 +8,6 @@ GO_BUILD := CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)'
 # The guest agent without commit or version: images are made anew only when the guest agent itself changes.
 GO_BUILD_ENVD := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -buildid='
 
-# .env, if there, holds settings for programs started by hand (see .env.example).
-ifneq ($(wildcard .env),)
-include .env
-export $(shell sed -n 's/^\([A-Z_]*\)=.*/\1/p' .env)
-endif
-
 .PHONY: help
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,8 +44,8 @@ dev: build ## Start PostgreSQL and Redis, run migrations, run the control plane 
 	@builds/wrenn dev control-plane
 dev-agent: build ## Register this machine and run the host agent in this terminal (by sudo)
 	@builds/wrenn dev agent
-migrate-up: build-cp ## Apply the database migrations to DATABASE_URL (wrenn-cp does that at its start too)
-	builds/wrenn-cp migrate
+migrate-up: build-cp ## Apply the database migrations to DATABASE_URL, also from .env (wrenn-cp does that at its start too)
+	@set -a; [ ! -f .env ] || . ./.env; builds/wrenn-cp migrate
 
 .PHONY: generate
 generate: generate-proto generate-api generate-sql ## Regenerate all generated code
