@@ -7,12 +7,13 @@ cd "$(dirname -- "${BASH_SOURCE[0]}")/.."
 [ -x builds/envd ] || make build-envd
 tmp=$(mktemp -d "${TMPDIR:-/var/tmp}/wrenn-images.XXXXXX")
 trap 'rm -rf -- "$tmp"' EXIT
+cp builds/envd "$tmp/envd" # both builds get the same one, whatever is built meanwhile
 sums() { # digests of everything in one build; the manifest is compared without what depends on this disk
 	(cd "$tmp/$1" && sha256sum kernels/vmlinuz kernels/initramfs.img images/*.ext4 &&
 		grep -v used_bytes -h images/*.json | sha256sum)
 }
 for run in a b; do
-	go run ./images/build -images "$tmp/$run/images" -kernels "$tmp/$run/kernels" "$@"
+	go run ./images/build -envd "$tmp/envd" -images "$tmp/$run/images" -kernels "$tmp/$run/kernels" "$@"
 	sums "$run" >"$tmp/$run.sums"
 	[ "$run" = b ] || rm -f "$tmp"/a/images/*.ext4
 done
