@@ -202,3 +202,32 @@ func TestPauseKeepsProcessesAndFiles(t *testing.T) {
 		t.Errorf("after a pause of the disk alone: %q", got)
 	}
 }
+
+func TestIdleSandboxesArePausedOrKilled(t *testing.T) {
+	t.Parallel()
+	ctx, s := start(t)
+	pause := sandbox(ctx, t, s, wrenn.SandboxOptions{TimeoutSec: 3})
+	kill := sandbox(ctx, t, s, wrenn.SandboxOptions{TimeoutSec: 3, OnTimeout: "kill"})
+	busy := sandbox(ctx, t, s, wrenn.SandboxOptions{TimeoutSec: 3, OnTimeout: "kill"})
+	if _, err := busy.Background(ctx, wrenn.ExecOptions{Cmd: "sleep", Args: []string{"1000"}}); err != nil {
+		t.Fatal(err)
+	}
+	err := stack.Eventually(ctx, time.Minute, func() error {
+		if err := pause.Refresh(ctx); err != nil {
+			return err
+		}
+		if pause.Status != "paused" {
+			return fmt.Errorf("the idle sandbox is %s", pause.Status)
+		}
+		if err := kill.Refresh(ctx); !wrenn.IsNotFound(err) {
+			return fmt.Errorf("the sandbox that was to be killed is %s (%w)", kill.Status, err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if err := busy.Refresh(ctx); err != nil || busy.Status != "running" {
+		t.Errorf("a sandbox with a running command: %v, %s", err, busy.Status)
+	}
+}

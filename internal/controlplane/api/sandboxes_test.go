@@ -76,8 +76,8 @@ func TestSandboxLife(t *testing.T) {
 		t.Errorf("defaults: %+v", plain)
 	}
 
-	u.Do("PUT", "/v1/sandboxes/"+plain.ID+"/timeout", map[string]any{"timeout_sec": 5, "on_timeout": "kill"}).Want(t, 200, &plain)
-	if plain.TimeoutSec != 5 || plain.OnTimeout != "kill" || plain.ExpiresAt == nil {
+	u.Do("PUT", "/v1/sandboxes/"+plain.ID+"/timeout", map[string]any{"timeout_sec": 500, "on_timeout": "kill"}).Want(t, 200, &plain)
+	if plain.TimeoutSec != 500 || plain.OnTimeout != "kill" || plain.ExpiresAt == nil {
 		t.Errorf("after timeout: %+v", plain)
 	}
 	before := *plain.ExpiresAt
@@ -92,8 +92,8 @@ func TestSandboxLife(t *testing.T) {
 	}
 	u.Do("POST", "/v1/sandboxes/"+plain.ID+"/pause", nil).WantError(t, http.StatusConflict, "invalid_state")
 	u.Do("POST", "/v1/sandboxes/"+plain.ID+"/exec", map[string]any{"cmd": "true"}).WantError(t, http.StatusConflict, "invalid_state")
-	u.Do("POST", "/v1/sandboxes/"+plain.ID+"/resume", map[string]any{"timeout_sec": 9}).Want(t, 200, &plain)
-	if plain.Status != "running" || plain.TimeoutSec != 9 {
+	u.Do("POST", "/v1/sandboxes/"+plain.ID+"/resume", map[string]any{"timeout_sec": 900}).Want(t, 200, &plain)
+	if plain.Status != "running" || plain.TimeoutSec != 900 {
 		t.Errorf("after resume: %+v", plain)
 	}
 

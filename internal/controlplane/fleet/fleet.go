@@ -95,6 +95,7 @@ func (f *Fleet) Run(ctx context.Context) {
 	wg.Go(func() { f.store.Lead(ctx, store.LockMonitor, f.monitor) })
 	wg.Go(func() { f.store.Lead(ctx, store.LockReconcile, f.reconcile) })
 	wg.Go(func() { f.store.Lead(ctx, store.LockOutbox, f.relayEvents) })
+	wg.Go(func() { f.store.Lead(ctx, store.LockExpiry, f.expire) })
 	wg.Wait()
 }
 

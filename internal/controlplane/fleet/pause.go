@@ -52,9 +52,6 @@ func (f *Fleet) change(ctx context.Context, by Actor, teamID, id, action string,
 	if row.Sandbox.Status != string(from) {
 		return wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is %s, not %s", row.Sandbox.Status, from).With("status", row.Sandbox.Status)
 	}
-	if err := f.store.Tx(ctx, func(tx store.Tx) error { return audit(ctx, tx, by, &teamID, action, id, nil) }); err != nil {
-		return err
-	}
 	op := wrenn.NewID(wrenn.PrefixOperation)
 	var now *agentv1.Sandbox
 	err = f.ask(ctx, row.Sandbox.HostID, f.times.RetryFor, func(ctx context.Context, t agents.Target) error {
@@ -69,6 +66,9 @@ func (f *Fleet) change(ctx context.Context, by Actor, teamID, id, action string,
 		o.LastActiveAt = time.Now() // a resume is an activity
 	}
 	return f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
+		if err := audit(ctx, tx, by, &teamID, action, id, nil); err != nil {
+			return err
+		}
 		_, err := tx.ApplyReport(ctx, db.ApplyReportParams{
 			ID: id, HostID: row.Sandbox.HostID, FormerStatus: string(from), Status: string(o.State), Revision: int64(o.Revision), LastActiveAt: &o.LastActiveAt,
 		})

@@ -10,6 +10,7 @@ const (
 	LockMonitor   = 0x7772656e01 // "wren" 1
 	LockReconcile = 0x7772656e02
 	LockOutbox    = 0x7772656e03
+	LockExpiry    = 0x7772656e04
 )
 
 const (

@@ -358,7 +358,7 @@ type CreateSandboxRequest struct {
 	// Name Example: build-7
 	Name SandboxName `json:"name,omitempty,omitzero"`
 
-	// OnTimeout Acts once this version can pause; until then a timeout is kept and shown, and nothing happens to the sandbox
+	// OnTimeout What happens after `timeout_sec` without activity: a running command, an open terminal or stream, a transfer and a ping are activity
 	OnTimeout OnTimeout    `json:"on_timeout,omitempty,omitzero"`
 	Template  TemplateName `json:"template,omitempty,omitzero"`
 

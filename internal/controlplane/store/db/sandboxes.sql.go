@@ -87,6 +87,62 @@ func (q *Queries) ApplyReport(ctx context.Context, arg ApplyReportParams) (Sandb
 	return i, err
 }
 
+const expiredSandboxes = `-- name: ExpiredSandboxes :many
+SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at FROM sandboxes s JOIN hosts h ON h.id = s.host_id
+WHERE s.status = 'running' AND s.timeout_sec > 0 AND s.deleted_at IS NULL AND s.missing_since IS NULL
+  AND s.last_active_at + make_interval(secs => s.timeout_sec) < now()
+  AND h.status = 'online' AND h.deleted_at IS NULL
+ORDER BY s.last_active_at LIMIT $1
+`
+
+// Running sandboxes that, as far as the rows know, were idle for their timeout. Their hosts know better.
+func (q *Queries) ExpiredSandboxes(ctx context.Context, maxRows int32) ([]Sandbox, error) {
+	rows, err := q.db.Query(ctx, expiredSandboxes, maxRows)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	items := []Sandbox{}
+	for rows.Next() {
+		var i Sandbox
+		if err := rows.Scan(
+			&i.ID,
+			&i.TeamID,
+			&i.HostID,
+			&i.Name,
+			&i.Status,
+			&i.Reason,
+			&i.Template,
+			&i.DefaultUser,
+			&i.VCPUs,
+			&i.MemoryMB,
+			&i.DiskMB,
+			&i.TimeoutSec,
+			&i.OnTimeout,
+			&i.Metadata,
+			&i.CreateEnv,
+			&i.Revision,
+			&i.OperationID,
+			&i.OperationUntil,
+			&i.CleanupPending,
+			&i.MissingSince,
+			&i.CreatedBy,
+			&i.CreatedAt,
+			&i.StartedAt,
+			&i.LastActiveAt,
+			&i.UpdatedAt,
+			&i.DeletedAt,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
 const extendWork = `-- name: ExtendWork :execrows
 UPDATE sandboxes SET operation_until = now() + $1::interval
 WHERE id = $2 AND operation_id = $3 AND deleted_at IS NULL AND operation_until IS NOT NULL

@@ -75,3 +75,11 @@ SELECT count(*) FROM sandboxes WHERE deleted_at IS NULL AND missing_since IS NOT
 -- name: PurgeDeleted :exec
 -- After a month no host can still have anything of it that it would not have reported.
 DELETE FROM sandboxes WHERE deleted_at < now() - interval '90 days';
+
+-- name: ExpiredSandboxes :many
+-- Running sandboxes that, as far as the rows know, were idle for their timeout. Their hosts know better.
+SELECT s.* FROM sandboxes s JOIN hosts h ON h.id = s.host_id
+WHERE s.status = 'running' AND s.timeout_sec > 0 AND s.deleted_at IS NULL AND s.missing_since IS NULL
+  AND s.last_active_at + make_interval(secs => s.timeout_sec) < now()
+  AND h.status = 'online' AND h.deleted_at IS NULL
+ORDER BY s.last_active_at LIMIT @max_rows;
