@@ -117,7 +117,7 @@ func (s *Sandboxes) cloneRunning(ctx context.Context, sb *sandbox, dst machine) 
 	}
 	going := context.WithoutCancel(ctx)
 	s.freezeGuest(ctx, sb)
-	defer func() { err = errors.Join(err, client.Catchup(going, token)) }()
+	defer func() { err = errors.Join(err, client.SyncClock(going, token)) }()
 	if err := s.driver.Pause(ctx, *rec.VM); err != nil {
 		return err
 	}

@@ -118,7 +118,10 @@ func (s *Sandboxes) greet(ctx context.Context, sb *sandbox) error {
 			return err
 		}
 	}
-	return sb.update(func(r *record) { r.AccessToken, r.NextToken = r.NextToken, "" })
+	if err := sb.update(func(r *record) { r.AccessToken, r.NextToken = r.NextToken, "" }); err != nil {
+		return err
+	}
+	return client.SyncClock(ctx, rec.NextToken)
 }
 
 // vmConfig is the VM of a machine in a slot. The driver's directory is made anew.

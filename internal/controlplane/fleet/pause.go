@@ -69,11 +69,16 @@ func (f *Fleet) change(ctx context.Context, by Actor, teamID, id, action string,
 		if err := audit(ctx, tx, by, &teamID, action, id, nil); err != nil {
 			return err
 		}
-		_, err := tx.ApplyReport(ctx, db.ApplyReportParams{
-			ID: id, HostID: row.Sandbox.HostID, FormerStatus: string(from), Status: string(o.State), Revision: int64(o.Revision), LastActiveAt: &o.LastActiveAt,
+		// The host's report of a step in between may have been written meanwhile; only the revision decides.
+		latest, err := tx.SandboxByID(ctx, id)
+		if err != nil {
+			return ignoreNotFound(err)
+		}
+		_, err = tx.ApplyReport(ctx, db.ApplyReportParams{
+			ID: id, HostID: row.Sandbox.HostID, FormerStatus: latest.Status, Status: string(o.State), Revision: int64(o.Revision), LastActiveAt: &o.LastActiveAt,
 		})
 		if err != nil {
-			return ignoreNotFound(err) // the host's report was quicker
+			return ignoreNotFound(err) // the host's report of this very state was quicker
 		}
 		return event(ctx, tx, "sandbox."+string(o.State), &teamID, id, nil)
 	})
