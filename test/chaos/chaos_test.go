@@ -42,7 +42,7 @@ func TestNothingIsLost(t *testing.T) {
 	faults := setting(t, "WRENN_CHAOS_FAULTS", 12)
 	seed := setting(t, "WRENN_CHAOS_SEED", int(time.Now().UnixNano()%1_000_000))
 	t.Logf("WRENN_CHAOS_SEED=%d WRENN_CHAOS_FAULTS=%d", seed, faults)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Duration(faults)*30*time.Second+5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Duration(faults)*40*time.Second+5*time.Minute)
 	defer cancel()
 	s, err := stack.Start(ctx, in, t.TempDir())
 	if err != nil {
@@ -181,10 +181,11 @@ func (w *world) injectFaults(ctx context.Context, rng *rand.Rand, n int) {
 	}
 	counts := map[string]int{}
 	for i := range n {
+		w.awaitProgress(ctx)
 		select { // the moment is random on purpose: faults must hit every step
 		case <-ctx.Done():
 			w.t.Fatalf("fault %d: %v", i, ctx.Err())
-		case <-time.After(time.Duration(rng.IntN(4000)) * time.Millisecond):
+		case <-time.After(time.Duration(rng.IntN(2000)) * time.Millisecond):
 		}
 		part := parts[rng.IntN(len(parts))]
 		counts[part.name]++
@@ -197,6 +198,26 @@ func (w *world) injectFaults(ctx context.Context, rng *rand.Rand, n int) {
 	w.t.Logf("killed %v; created %d, used %d times, deleted %d", counts, w.created, w.used, w.deleted)
 	if w.created == 0 || w.used == 0 {
 		w.t.Errorf("the clients got nothing done: created %d, used %d times", w.created, w.used)
+	}
+}
+
+// awaitProgress waits until the clients have got something done since it was called: a system that is
+// killed again before it has healed shows nothing.
+func (w *world) awaitProgress(ctx context.Context) {
+	done := func() int {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return w.created + w.used + w.deleted
+	}
+	before := done()
+	err := stack.Eventually(ctx, 2*time.Minute, func() error {
+		if done() == before {
+			return errors.New("the clients get nothing done any more")
+		}
+		return nil
+	})
+	if err != nil {
+		w.t.Fatal(err)
 	}
 }
 
