@@ -32,7 +32,7 @@ func Open(url string) (*Redis, error) {
 	}
 	opt.DialTimeout, opt.ReadTimeout, opt.WriteTimeout = dialTimeout, ioTimeout, ioTimeout
 	opt.ContextTimeoutEnabled = true
-	opt.MaxRetries = 1
+	opt.MaxRetries, opt.DialerRetries = 1, 1 // a Redis that is away is told at once
 	opt.PoolSize = 16
 	return &Redis{c: redis.NewClient(opt), local: newWindows(), count: redis.NewScript(count)}, nil
 }
