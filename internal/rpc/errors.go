@@ -34,6 +34,7 @@ var codes = map[wrenn.Kind]connect.Code{
 	wrenn.KindNoCapacity:      connect.CodeResourceExhausted,
 	wrenn.KindDiskFull:        connect.CodeResourceExhausted,
 	wrenn.KindHostUnavailable: connect.CodeUnavailable,
+	wrenn.KindUnavailable:     connect.CodeUnavailable,
 	wrenn.KindNotImplemented:  connect.CodeUnimplemented,
 }
 
@@ -108,6 +109,7 @@ var statuses = map[wrenn.Kind]int{
 	wrenn.KindPoolExhausted:   http.StatusTooManyRequests,
 	wrenn.KindNoCapacity:      http.StatusServiceUnavailable,
 	wrenn.KindHostUnavailable: http.StatusServiceUnavailable,
+	wrenn.KindUnavailable:     http.StatusServiceUnavailable,
 	wrenn.KindAgentError:      http.StatusBadGateway,
 	wrenn.KindDiskFull:        http.StatusInsufficientStorage,
 	wrenn.KindNotImplemented:  http.StatusNotImplemented,

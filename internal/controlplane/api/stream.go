@@ -316,7 +316,8 @@ func (k *socket) closeInput(err error) {
 
 func (k *socket) finish(failure error, input <-chan error, end *process.ProcessEvent_EndEvent, took time.Duration, c command) error {
 	select {
-	case <-input: //nolint:errcheck // the client went away, or was told what it did wrong
+	case err := <-input: // the client went away, or was told what it did wrong
+		k.srv.log.Debug("stream", "request_id", requestID(k.ctx), "ended_by", err)
 		return nil
 	default:
 	}

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -26,6 +27,7 @@ type Redis struct {
 
 // Open makes the pool; it connects when first used.
 func Open(url string) (*Redis, error) {
+	quiet.Do(func() { redis.SetLogger(silence{}) })
 	opt, err := redis.ParseURL(url)
 	if err != nil {
 		return nil, fmt.Errorf("redis URL: %w", err)
@@ -36,6 +38,15 @@ func Open(url string) (*Redis, error) {
 	opt.PoolSize = 16
 	return &Redis{c: redis.NewClient(opt), local: newWindows(), count: redis.NewScript(count)}, nil
 }
+
+// quiet guards the library's one logger, which writes to standard error past our log what its calls
+// return as errors anyway.
+var quiet sync.Once
+
+type silence struct{}
+
+// Printf implements the library's logger.
+func (silence) Printf(context.Context, string, ...any) {}
 
 // Close closes the pool.
 func (r *Redis) Close() error { return r.c.Close() }

@@ -78,7 +78,7 @@ func (p *Plane) register(token string) *Host {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	ln, err := listen("127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -160,7 +160,7 @@ func (h *Host) Restart() {
 	var ln net.Listener
 	Eventually(h.plane.t, "the agent's port is free", func() bool {
 		var err error
-		ln, err = net.Listen("tcp", h.Address)
+		ln, err = listen(h.Address)
 		return err == nil
 	})
 	h.serve(ln)

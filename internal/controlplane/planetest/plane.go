@@ -134,7 +134,7 @@ func Start(t testing.TB, o Options) *Plane {
 		t.Fatal(err)
 	}
 	hs := srv.HTTPServer()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	ln, err := listen("127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -162,6 +162,11 @@ func Start(t testing.TB, o Options) *Plane {
 		}
 	})
 	return p
+}
+
+func listen(addr string) (net.Listener, error) {
+	var lc net.ListenConfig
+	return lc.Listen(context.Background(), "tcp", addr)
 }
 
 // Stop ends the plane; requests under way are cut off, operations under way are finished.
