@@ -50,6 +50,9 @@ func (r *report) take(e event) {
 	key := e.Package + " " + e.Test
 	switch e.Action {
 	case "output":
+		if strings.HasPrefix(e.Output, "=== ") { // RUN, PAUSE, CONT: the verdict follows anyway
+			return
+		}
 		if r.output[key] == nil {
 			r.output[key] = &strings.Builder{}
 		}
@@ -96,7 +99,7 @@ func (r *report) endPackage(e event, key string) {
 		fmt.Fprint(r.w, text)
 	case e.Action == "fail":
 		fmt.Fprintf(r.w, "FAIL\t%s\t%.1fs\n", e.Package, e.Elapsed)
-	default:
+	case !strings.Contains(text, "[no test files]"):
 		fmt.Fprint(r.w, lastLine(text))
 	}
 }
