@@ -29,7 +29,6 @@ var rules = []struct{ from, never, why string }{
 	{"internal/cli", module + "internal/agent", "the command line is a client as any other"},
 	{"internal/localstack", module + "internal/controlplane", "the local stack runs the programs, it does not contain them"},
 	{"internal/localstack", module + "internal/agent", "the local stack runs the programs, it does not contain them"},
-	{"cmd", module + "internal/localstack/stacktest", "only tests start test servers"},
 }
 
 // direct lists all of ours that a package below the key imports itself.
@@ -66,6 +65,37 @@ func TestImportArrows(t *testing.T) {
 			t.Errorf("no package is below %s: the rule %q holds nothing", rule.from, rule.why)
 		}
 	}
+}
+
+// TestProgramsCarryNoTestSupport holds that packages made for tests, which may import what they like, are
+// in no program.
+func TestProgramsCarryNoTestSupport(t *testing.T) {
+	t.Parallel()
+	programs := 0
+	for _, p := range list(t) {
+		if p.Name != "main" || !below(p.ImportPath, module+"cmd") {
+			continue
+		}
+		programs++
+		for _, dep := range p.Deps {
+			if strings.HasPrefix(dep, module) && testSupport(dep) {
+				t.Errorf("%s contains %s, which is for tests", p.ImportPath, dep)
+			}
+		}
+	}
+	if programs < 4 {
+		t.Errorf("looked at %d programs, want wrenn-cp, wrenn-agent, envd and wrenn", programs)
+	}
+}
+
+// testSupport tells a package for tests, such as stacktest, by its name; what lies below it is too.
+func testSupport(path string) bool {
+	for _, part := range strings.Split(strings.TrimPrefix(path, module), "/") {
+		if strings.HasSuffix(part, "test") {
+			return true
+		}
+	}
+	return false
 }
 
 func TestDirectImports(t *testing.T) {
