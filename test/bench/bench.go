@@ -17,12 +17,26 @@ type bench struct {
 	stack    *stack.Stack
 	report   *report
 	say      func(format string, args ...any)
-	part     string          // that runs now
 	prepared map[string]bool // templates that are known to be ready to clone
+
+	part      string // that runs now
+	partBegan time.Time
 }
 
 // smallMB is the memory of the sandboxes that are measured where nothing else is said.
 const smallMB = 256
+
+// partBudget is after how long a part ends its repetitions early: on a busy machine fewer figures are better
+// than none of the parts that come after.
+const (
+	partBudget = time.Minute
+	fewestRuns = 3
+)
+
+// enough tells whether a part that has repeated something so often should end.
+func (b *bench) enough(runs int) bool {
+	return runs >= fewestRuns && time.Since(b.partBegan) > partBudget
+}
 
 // cleanup is how long the removal of one thing may take, also when the run was cut off.
 const cleanup = 30 * time.Second

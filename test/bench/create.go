@@ -57,7 +57,10 @@ func createGoal() *goal {
 
 func (c creator) oneByOne(ctx context.Context) error {
 	var ours, floor, sole []float64
-	for range createRuns {
+	for i := range createRuns {
+		if c.b.enough(i) {
+			break
+		}
 		took, created, sb, err := c.ours(ctx)
 		if err := errors.Join(err, c.remove(ctx, sb)); err != nil {
 			return err

@@ -178,6 +178,11 @@ func (l *lab) restore(ctx context.Context, net int, template string, hw hardware
 		return nil, err
 	}
 	defer state.Close()
+	return l.resume(ctx, dir, net, state, hw)
+}
+
+// resume continues the machine in dir from its device state.
+func (l *lab) resume(ctx context.Context, dir string, net int, state *os.File, hw hardware) (*floorVM, error) {
 	vm, err := startFloor(ctx, dir, l.nets[net], hw, []string{"-incoming", "defer"}, []*os.File{state})
 	if err != nil {
 		return nil, err
@@ -204,6 +209,9 @@ type floorVM struct {
 // startFloor starts QEMU in a namespace. files become its descriptors from 4 on; 3 is the monitor.
 func startFloor(ctx context.Context, dir, namespace string, hw hardware, args []string, files []*os.File) (vm *floorVM, err error) {
 	socket := filepath.Join(dir, "qmp")
+	if err := os.RemoveAll(socket); err != nil { // of a QEMU that ran here before
+		return nil, err
+	}
 	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
 	if err != nil {
 		return nil, err
@@ -259,11 +267,19 @@ func (vm *floorVM) stop() error {
 	if vm == nil {
 		return nil
 	}
+	return errors.Join(vm.end(), os.RemoveAll(vm.dir))
+}
+
+// end ends QEMU; its files stay.
+func (vm *floorVM) end() error {
 	vm.guest.close()
 	if vm.monitor != nil {
 		vm.monitor.close()
 	}
 	err := vm.cmd.Process.Kill()
+	if errors.Is(err, os.ErrProcessDone) {
+		err = nil
+	}
 	_ = vm.cmd.Wait() // killed: never a success
-	return errors.Join(err, os.RemoveAll(vm.dir))
+	return err
 }

@@ -118,6 +118,12 @@ func measure(ctx context.Context, in stack.Inputs, chosen []part, progress io.Wr
 			err = errors.Join(err, os.RemoveAll(dir))
 		}
 	}()
+	// Placement reckons with a few vCPUs per core; here 20 idle machines shall find room on any.
+	if os.Getenv("CP_CPU_OVERCOMMIT") == "" {
+		if err := os.Setenv("CP_CPU_OVERCOMMIT", "64"); err != nil {
+			return nil, err
+		}
+	}
 	began := time.Now()
 	say := func(format string, args ...any) {
 		fmt.Fprintf(progress, "%5.1fs  %s\n", time.Since(began).Seconds(), fmt.Sprintf(format, args...))
@@ -138,7 +144,7 @@ func measure(ctx context.Context, in stack.Inputs, chosen []part, progress io.Wr
 	var errs []error
 	for _, p := range chosen {
 		say("%s: %s (load %.1f)", p.name, p.about, load1())
-		b.part = p.name
+		b.part, b.partBegan = p.name, time.Now()
 		if err := p.run(ctx, b); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", p.name, err))
 			say("%s failed: %v", p.name, err)

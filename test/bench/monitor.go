@@ -116,3 +116,25 @@ func (vm *floorVM) until(ctx context.Context, query string, wanted func(status s
 		}
 	}
 }
+
+// save freezes the machine and writes the devices' state; its RAM is in its file already.
+func (vm *floorVM) save(ctx context.Context, path string) error {
+	if err := vm.monitor.do("stop", nil, nil); err != nil {
+		return err
+	}
+	if err := vm.monitor.ignoreSharedRAM(); err != nil {
+		return err
+	}
+	if err := vm.monitor.do("migrate", map[string]any{"uri": "exec:cat > " + path}, nil); err != nil {
+		return err
+	}
+	last := ""
+	err := vm.until(ctx, "query-migrate", func(status string) bool {
+		last = status
+		return status == "completed" || status == "failed" || status == "cancelled"
+	})
+	if err == nil && last != "completed" {
+		err = fmt.Errorf("writing the state: %s", last)
+	}
+	return err
+}
