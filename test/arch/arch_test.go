@@ -42,9 +42,6 @@ type listed struct {
 	Imports, Deps    []string
 }
 
-// testSupport tells whether a package is only for tests: those may put real parts of others beside their own.
-func testSupport(path string) bool { return strings.HasSuffix(path, "/planetest") }
-
 func TestImportArrows(t *testing.T) {
 	t.Parallel()
 	packages := list(t)
