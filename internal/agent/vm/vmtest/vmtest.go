@@ -107,8 +107,10 @@ func (r *running) begin() {
 	}
 	r.Logf("start (restore: %v) in %s", r.cfg.Restore != nil, time.Since(begun).Round(time.Millisecond/10))
 	r.handle = h
-	ctx, cfg := r.context(), r.cfg
+	cfg := r.cfg
 	r.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience) // whatever the check has used up
+		defer cancel()
 		if err := r.driver.Destroy(ctx, h); err != nil {
 			r.Errorf("destroy: %v", err)
 		}
