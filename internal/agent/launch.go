@@ -152,16 +152,19 @@ func (s *Sandboxes) attach(sb *sandbox, slot *network.Slot, handle vm.Handle) {
 	sb.slot, sb.gone = slot, gone
 	sb.guest = guest.New(network.GuestIP, slot.DialContext)
 	sb.mu.Unlock()
-	go func() {
+	s.watchers.Go(func() {
 		if err := s.driver.Wait(s.life, handle); err != nil {
 			if s.life.Err() == nil {
 				s.log.Error("cannot watch a VM", "sandbox", sb.id, "err", err)
 			}
 			return
 		}
+		if s.life.Err() != nil {
+			return // the next agent settles it
+		}
 		close(gone)
 		s.ended(sb, gone)
-	}()
+	})
 }
 
 // detach forgets the VM that ran.

@@ -45,6 +45,7 @@ type Sandboxes struct {
 	snapshots string // where SaveSnapshot puts moments; on the file system of dir
 
 	life      context.Context // ends when this agent gives the host up; nothing is watched any more
+	watchers  sync.WaitGroup  // of VMs
 	templates templates
 
 	mu       sync.Mutex

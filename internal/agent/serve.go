@@ -73,6 +73,7 @@ func openHost(ctx context.Context, cfg Config, log *slog.Logger) (*host, error) 
 // Close leaves VMs and their networks as they are.
 func (h *host) Close() {
 	h.end()
+	h.sandboxes.watchers.Wait()
 	h.net.Close()
 	h.unlock()
 }
