@@ -109,6 +109,9 @@ func TestMakeDirMoveRemove(t *testing.T) {
 			t.Errorf("remove %s: %v", p, err)
 		}
 	}
+	for _, err := range []error{rm(""), mk(""), mv("", "x"), mv("new", "")} {
+		wantCode(t, err, connect.CodeInvalidArgument, "path is empty")
+	}
 	wantCode(t, rm("/"), connect.CodeInvalidArgument, "root directory")
 	wantCode(t, rm("../../../../.."), connect.CodeInvalidArgument, "root directory")
 	if left, err := os.ReadDir(filepath.Join(a.home, "new/place")); err != nil || len(left) != 0 {

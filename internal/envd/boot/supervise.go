@@ -22,8 +22,10 @@ const (
 // supervise runs the agent, collects every process that is orphaned to pid 1, and powers off when asked
 // to: SIGTERM, SIGINT (Ctrl-Alt-Del) or SIGPWR.
 func supervise(console io.Writer) error {
-	signals := make(chan os.Signal, 64)
-	signal.Notify(signals, unix.SIGCHLD, unix.SIGTERM, unix.SIGINT, unix.SIGPWR)
+	// Channels of their own: a signal is dropped when its channel is full, and children end often.
+	children, off := make(chan os.Signal, 1), make(chan os.Signal, 1)
+	signal.Notify(children, unix.SIGCHLD)
+	signal.Notify(off, unix.SIGTERM, unix.SIGINT, unix.SIGPWR)
 	agent, err := startAgent()
 	if err != nil {
 		return err
@@ -31,10 +33,9 @@ func supervise(console io.Writer) error {
 	var restart <-chan time.Time
 	for {
 		select {
-		case sig := <-signals:
-			if sig != unix.SIGCHLD {
-				return powerOff(console)
-			}
+		case <-off:
+			return powerOff(console)
+		case <-children:
 			if reap(agent) {
 				fmt.Fprintln(console, "init: the guest agent ended; it is started again")
 				restart = time.After(restartPause)

@@ -115,17 +115,16 @@ func (s *Service) caller(h http.Header) (account.Account, error) {
 	return s.user(name)
 }
 
-// resolve makes path absolute: "~" and relative paths begin at the default directory if /init set one,
-// else in the user's home.
+// resolve makes path absolute: relative ones begin in the user's home; none is the default directory, if
+// /init set one, else the home.
 func (s *Service) resolve(path string, u account.Account) (string, error) {
-	base := u.Home
-	if dir := s.settings.Get().Workdir; dir != "" && filepath.IsAbs(dir) {
-		base = dir
+	if path == "" {
+		path = s.settings.Get().Workdir
 	}
-	return absolute(path, u.Home, base)
+	return absolute(path, u.Home)
 }
 
-func absolute(path, home, base string) (string, error) {
+func absolute(path, home string) (string, error) {
 	switch {
 	case len(path) >= unix.PathMax:
 		return "", faultf(badRequest, "path is longer than %d bytes", unix.PathMax-1)
@@ -138,7 +137,7 @@ func absolute(path, home, base string) (string, error) {
 	case filepath.IsAbs(path):
 		return filepath.Clean(path), nil
 	default:
-		return filepath.Join(base, path), nil
+		return filepath.Join(home, path), nil
 	}
 }
 

@@ -47,6 +47,14 @@ func (s *Service) at(req connect.AnyRequest, path string) (target, error) {
 	return target{user: u, path: abs}, rpcError(err)
 }
 
+// named is at for calls that change something: they must say what.
+func (s *Service) named(req connect.AnyRequest, path string) (target, error) {
+	if path == "" {
+		return target{}, rpcError(faultf(badRequest, "the path is empty"))
+	}
+	return s.at(req, path)
+}
+
 // Stat describes one path.
 func (s *Service) Stat(_ context.Context, req *connect.Request[filesystempb.StatRequest]) (*connect.Response[filesystempb.StatResponse], error) {
 	t, err := s.at(req, req.Msg.GetPath())
@@ -62,7 +70,7 @@ func (s *Service) Stat(_ context.Context, req *connect.Request[filesystempb.Stat
 
 // MakeDir makes a directory and what is missing above it.
 func (s *Service) MakeDir(_ context.Context, req *connect.Request[filesystempb.MakeDirRequest]) (*connect.Response[filesystempb.MakeDirResponse], error) {
-	t, err := s.at(req, req.Msg.GetPath())
+	t, err := s.named(req, req.Msg.GetPath())
 	if err != nil {
 		return nil, err
 	}
@@ -84,11 +92,11 @@ func (s *Service) MakeDir(_ context.Context, req *connect.Request[filesystempb.M
 
 // Move renames, also from one file system to another.
 func (s *Service) Move(ctx context.Context, req *connect.Request[filesystempb.MoveRequest]) (*connect.Response[filesystempb.MoveResponse], error) {
-	src, err := s.at(req, req.Msg.GetSource())
+	src, err := s.named(req, req.Msg.GetSource())
 	if err != nil {
 		return nil, err
 	}
-	dst, err := s.at(req, req.Msg.GetDestination())
+	dst, err := s.named(req, req.Msg.GetDestination())
 	if err != nil {
 		return nil, err
 	}
@@ -127,7 +135,7 @@ func move(ctx context.Context, src, dst string) error {
 
 // Remove removes a file or a whole tree. What is not there is removed already.
 func (s *Service) Remove(_ context.Context, req *connect.Request[filesystempb.RemoveRequest]) (*connect.Response[filesystempb.RemoveResponse], error) {
-	t, err := s.at(req, req.Msg.GetPath())
+	t, err := s.named(req, req.Msg.GetPath())
 	if err != nil {
 		return nil, err
 	}
