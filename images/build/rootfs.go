@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"time"
 )
 
 // epoch is the time of everything that an image's build makes (2025-01-01), so that the day of the build
@@ -79,6 +80,9 @@ func debootstrap(ctx context.Context, r recipe, src source, archive string) ([]p
 	cmd := exec.CommandContext(ctx, "mmdebstrap", args...)
 	cmd.Env = append(os.Environ(), fmt.Sprintf("SOURCE_DATE_EPOCH=%d", epoch), "LC_ALL=C.UTF-8", "DEBIAN_FRONTEND=noninteractive")
 	cmd.Stdin = strings.NewReader(strings.Join(src.lines, "\n") + "\n")
+	// Killed outright it would leave its mounts behind; this way it takes them down.
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = time.Minute
 	out := &tail{max: 4 << 10}
 	cmd.Stdout, cmd.Stderr = out, out
 	if err := cmd.Run(); err != nil {
