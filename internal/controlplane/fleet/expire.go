@@ -2,6 +2,8 @@ package fleet
 
 import (
 	"context"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -17,13 +19,18 @@ const (
 	expireEvery = time.Second
 	expireBatch = 64
 	expireAtOne = 8 // sandboxes at once
+
+	expireBackoff = 30 * time.Second
 )
 
 // expire does to idle sandboxes what their owners chose; one replica runs it. The row only says who may
 // be idle: the host refuses a pause while something is active, which the row then learns.
 func (f *Fleet) expire(ctx context.Context) {
+	var mu sync.Mutex
+	notBefore := map[string]time.Time{} // sandboxes whose last attempt failed, such as for a full disk
 	every(ctx, expireEvery, func(ctx context.Context) {
-		rows, err := f.store.ExpiredSandboxes(ctx, expireBatch)
+		maps.DeleteFunc(notBefore, func(_ string, t time.Time) bool { return time.Now().After(t) })
+		rows, err := f.store.ExpiredSandboxes(ctx, db.ExpiredSandboxesParams{NotNow: slices.AppendSeq([]string{}, maps.Keys(notBefore)), MaxRows: expireBatch})
 		if err != nil {
 			if ctx.Err() == nil {
 				f.log.Warn("look for idle sandboxes", "error", err)
@@ -38,6 +45,9 @@ func (f *Fleet) expire(ctx context.Context) {
 				defer func() { <-places }()
 				if err := f.expireOne(ctx, row); err != nil && ctx.Err() == nil {
 					f.log.Warn("an idle sandbox is left as it is for now", "sandbox_id", row.ID, "error", err)
+					mu.Lock()
+					defer mu.Unlock()
+					notBefore[row.ID] = time.Now().Add(expireBackoff)
 				}
 			})
 		}

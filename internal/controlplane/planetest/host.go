@@ -50,6 +50,7 @@ type Host struct {
 	deletes  int
 	onCreate func(context.Context, *agentv1.CreateSandboxRequest) error
 	onDelete func(context.Context, string) error
+	onPause  func(string) error
 }
 
 // AddHost makes a regular host as the admin, registers it and sends its first heartbeat.
@@ -203,6 +204,13 @@ func (h *Host) OnDelete(fn func(context.Context, string) error) {
 	h.onDelete = fn
 }
 
+// OnPause is called before a sandbox is paused; its error is the answer.
+func (h *Host) OnPause(fn func(id string) error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.onPause = fn
+}
+
 // Counts are how often sandboxes were asked to be made and removed.
 func (h *Host) Counts() (creates, deletes int) {
 	h.mu.Lock()
@@ -279,6 +287,17 @@ func (h *Host) DeleteSandbox(ctx context.Context, req *connect.Request[agentv1.D
 
 // PauseSandbox implements agentv1connect.AgentServiceHandler.
 func (h *Host) PauseSandbox(_ context.Context, req *connect.Request[agentv1.PauseSandboxRequest]) (*connect.Response[agentv1.PauseSandboxResponse], error) {
+	h.mu.Lock()
+	hook, busy := h.onPause, req.Msg.IdleSec > 0 && h.boxes[req.Msg.Id].GetActive()
+	h.mu.Unlock()
+	if hook != nil {
+		if err := hook(req.Msg.Id); err != nil {
+			return nil, err
+		}
+	}
+	if busy {
+		return nil, wrenn.Errorf(wrenn.KindConflict, "the sandbox is in use")
+	}
 	sb, err := h.change(req.Msg.Id, agentv1.SandboxState_SANDBOX_STATE_PAUSED)
 	return connect.NewResponse(&agentv1.PauseSandboxResponse{Sandbox: sb}), err
 }

@@ -91,13 +91,18 @@ const expiredSandboxes = `-- name: ExpiredSandboxes :many
 SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at FROM sandboxes s JOIN hosts h ON h.id = s.host_id
 WHERE s.status = 'running' AND s.timeout_sec > 0 AND s.deleted_at IS NULL AND s.missing_since IS NULL
   AND s.last_active_at + make_interval(secs => s.timeout_sec) < now()
-  AND h.status = 'online' AND h.deleted_at IS NULL
-ORDER BY s.last_active_at LIMIT $1
+  AND h.status = 'online' AND h.deleted_at IS NULL AND NOT (s.id = ANY($1::text[]))
+ORDER BY s.last_active_at LIMIT $2
 `
 
+type ExpiredSandboxesParams struct {
+	NotNow  []string
+	MaxRows int32
+}
+
 // Running sandboxes that, as far as the rows know, were idle for their timeout. Their hosts know better.
-func (q *Queries) ExpiredSandboxes(ctx context.Context, maxRows int32) ([]Sandbox, error) {
-	rows, err := q.db.Query(ctx, expiredSandboxes, maxRows)
+func (q *Queries) ExpiredSandboxes(ctx context.Context, arg ExpiredSandboxesParams) ([]Sandbox, error) {
+	rows, err := q.db.Query(ctx, expiredSandboxes, arg.NotNow, arg.MaxRows)
 	if err != nil {
 		return nil, err
 	}

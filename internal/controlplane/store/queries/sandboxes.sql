@@ -81,5 +81,5 @@ DELETE FROM sandboxes WHERE deleted_at < now() - interval '90 days';
 SELECT s.* FROM sandboxes s JOIN hosts h ON h.id = s.host_id
 WHERE s.status = 'running' AND s.timeout_sec > 0 AND s.deleted_at IS NULL AND s.missing_since IS NULL
   AND s.last_active_at + make_interval(secs => s.timeout_sec) < now()
-  AND h.status = 'online' AND h.deleted_at IS NULL
+  AND h.status = 'online' AND h.deleted_at IS NULL AND NOT (s.id = ANY(@not_now::text[]))
 ORDER BY s.last_active_at LIMIT @max_rows;
