@@ -157,6 +157,10 @@ func parseSize(s string) (int64, error) {
 	return n << shift, nil
 }
 
+// verdictFile keeps whether KVM works. It lies beside the sandboxes, not among them: `doctor` may come
+// before the first start, and a volume is mounted over an empty directory only.
+func (c Config) verdictFile() string { return c.Sandboxes + ".kvm.json" }
+
 func exists(path string) bool {
 	_, err := os.Stat(path)
 	return err == nil

@@ -88,7 +88,7 @@ func chooseDriver(ctx context.Context, cfg Config, log *slog.Logger) (vm.Driver,
 }
 
 func probeOptions(cfg Config, log *slog.Logger) qemu.ProbeOptions {
-	return qemu.ProbeOptions{Kernel: cfg.Kernel, Initrd: cfg.Initrd, CacheFile: filepath.Join(cfg.Sandboxes, "kvm-verdict.json"), Log: log}
+	return qemu.ProbeOptions{Kernel: cfg.Kernel, Initrd: cfg.Initrd, CacheFile: cfg.verdictFile(), Log: log}
 }
 
 // serve runs the agent of a registered host until ctx ends; its VMs go on.

@@ -280,7 +280,7 @@ func (s *Stack) resetAgent(ctx context.Context) (string, error) {
 
 // removeHome removes what Up made, and nothing a user put beside it.
 func (s *Stack) removeHome(ctx context.Context, keepImages bool) error {
-	names := []string{"env", "secrets", "postgres", "redis", "agent", "sandboxes", "sandboxes.xfs", "logs", "stack.json", "run"}
+	names := []string{"env", "secrets", "postgres", "redis", "agent", "sandboxes", "sandboxes.xfs", "sandboxes.kvm.json", "logs", "stack.json", "run"}
 	if !keepImages {
 		names = append(names, "images", "kernels")
 	}
