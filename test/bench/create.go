@@ -81,7 +81,10 @@ func (c creator) oneByOne(ctx context.Context) error {
 // atOnce times each of several that are begun together, and all of them.
 func (c creator) atOnce(ctx context.Context) error {
 	var ours, floor, oursAll, floorAll []float64
-	for range createRounds {
+	for i := range createRounds {
+		if i > 0 && c.b.enough(fewestRuns) {
+			break
+		}
 		began := time.Now()
 		each, all, err := c.oursAtOnce(ctx, began)
 		if err != nil {

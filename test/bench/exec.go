@@ -38,7 +38,10 @@ func measureExec(ctx context.Context, b *bench) (err error) {
 		return err
 	}
 	var ours, floor []float64
-	for range execRuns {
+	for i := range execRuns {
+		if b.enough(i) {
+			break
+		}
 		took, err := timed(through)
 		if err != nil {
 			return err
