@@ -109,11 +109,15 @@ func (w *world) create(ctx context.Context) {
 		return
 	}
 	res, err := sb.Shell(ctx, fmt.Sprintf("echo %s > mark && sync mark && cat mark", sb.ID))
+	marked := err == nil && res.ExitCode == 0 && strings.TrimSpace(string(res.Stdout)) == sb.ID
 	w.mu.Lock()
-	defer w.mu.Unlock()
 	w.created++
-	if err == nil && res.ExitCode == 0 && strings.TrimSpace(string(res.Stdout)) == sb.ID {
+	if marked {
 		w.kept[sb.ID] = sb
+	}
+	w.mu.Unlock()
+	if !marked {
+		_, _ = sb.Delete(ctx) // not counted on; what is left of it is removed at the end
 	}
 }
 

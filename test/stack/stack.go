@@ -216,6 +216,7 @@ func (s *Stack) controlPlaneEnv() []string {
 		"DATABASE_URL="+s.Postgres.URL, "REDIS_URL="+s.Redis.URL,
 		"JWT_SECRET="+strings.Repeat("test-secret.", 4),
 		"WRENN_ENCRYPTION_KEY="+strings.Repeat("0123456789abcdef", 4),
+		"CP_CPU_OVERCOMMIT=64", // memory is the limit: a test machine has few cores
 	)
 }
 
