@@ -33,13 +33,16 @@ func setting(t *testing.T, name string, fallback int) int {
 	return n
 }
 
-// TestNothingIsLost runs WRENN_CHAOS_FAULTS faults (12 if unset; make chaos: 50) drawn with WRENN_CHAOS_SEED.
+// TestNothingIsLost runs WRENN_CHAOS_FAULTS faults (make chaos: 50) drawn with WRENN_CHAOS_SEED.
 func TestNothingIsLost(t *testing.T) {
 	in, err := stack.FindInputs()
 	if err != nil {
 		t.Skip(err)
 	}
-	faults := setting(t, "WRENN_CHAOS_FAULTS", 12)
+	faults := setting(t, "WRENN_CHAOS_FAULTS", 0)
+	if faults == 0 {
+		t.Skip("takes minutes: run `make chaos`")
+	}
 	seed := setting(t, "WRENN_CHAOS_SEED", int(time.Now().UnixNano()%1_000_000))
 	t.Logf("WRENN_CHAOS_SEED=%d WRENN_CHAOS_FAULTS=%d", seed, faults)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Duration(faults)*40*time.Second+5*time.Minute)
