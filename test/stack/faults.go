@@ -58,7 +58,12 @@ func (s *Stack) restart(ctx context.Context, server **localstack.Server, name st
 func Eventually(ctx context.Context, limit time.Duration, check func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	tick := time.NewTicker(50 * time.Millisecond)
+	return ask(ctx, nil, check)
+}
+
+// ask repeats check until it succeeds, ctx ends or stop is closed; its last error is the result then.
+func ask(ctx context.Context, stop <-chan struct{}, check func() error) error {
+	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
 		err := check()
@@ -67,6 +72,8 @@ func Eventually(ctx context.Context, limit time.Duration, check func() error) er
 		}
 		select {
 		case <-ctx.Done():
+			return err
+		case <-stop:
 			return err
 		case <-tick.C:
 		}

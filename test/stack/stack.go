@@ -297,20 +297,15 @@ func (s *Stack) Logs() string {
 
 // poll asks until check succeeds, the process ends or ctx does.
 func poll(ctx context.Context, p *Process, check func() error) error {
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := check()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("%w: %w", ctx.Err(), err)
-		case <-p.ended:
-			return fmt.Errorf("%s ended: %w", filepath.Base(p.cmd.Path), err)
-		case <-tick.C:
-		}
+	err := ask(ctx, p.ended, check)
+	if err == nil {
+		return nil
+	}
+	select {
+	case <-p.ended:
+		return fmt.Errorf("%s ended: %w", filepath.Base(p.cmd.Path), err)
+	default:
+		return errors.Join(ctx.Err(), err)
 	}
 }
 
