@@ -11,6 +11,7 @@ import (
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
+	"github.com/wrenn-sandbox/wrenn/internal/gen/agentv1"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
@@ -122,6 +123,13 @@ func (man *manifest) fits(caps vm.Capabilities) error {
 	return nil
 }
 
+// needs is what the control plane places by.
+func (man *manifest) needs() *agentv1.Needs {
+	return &agentv1.Needs{
+		Driver: man.Driver, VmmVersion: man.VMMVersion, Acceleration: man.Accel, Arch: man.Arch, CpuModel: man.CPUModel,
+	}
+}
+
 // wake removes what makes m a moment, as its VM is about to change it.
 func (m machine) wake() error {
 	if err := os.Remove(m.manifest()); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -165,7 +173,12 @@ func (m machine) sync() error {
 
 // usage is what m takes alone and what removing it would free, in bytes.
 func (m machine) usage() (size, own int64, err error) {
-	for _, path := range []string{m.disk(), m.memory(), m.state()} {
+	return usageOf(m.disk(), m.memory(), m.state())
+}
+
+// usageOf sums what files take alone and what removing them would free; those that are not there take nothing.
+func usageOf(paths ...string) (size, own int64, err error) {
+	for _, path := range paths {
 		s, o, err := storage.Usage(path)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return 0, 0, err

@@ -109,15 +109,27 @@ func (mo *moment) save() error {
 	return writeDurably(filepath.Join(mo.dir, momentFile), append(raw, '\n'))
 }
 
+// report describes a moment with its sizes.
 func (mo *moment) report() (*agentv1.Checkpoint, error) {
 	size, own, err := mo.machine().usage()
 	if err != nil {
 		return nil, err
 	}
-	return &agentv1.Checkpoint{
+	c := mo.describe()
+	c.SizeBytes, c.OwnBytes = uint64(size), uint64(own)
+	return c, nil
+}
+
+// describe is the moment without its sizes.
+func (mo *moment) describe() *agentv1.Checkpoint {
+	c := &agentv1.Checkpoint{
 		Id: mo.ID, ParentId: mo.Parent, CreatedAt: timestamp(mo.CreatedAt), HasMemory: mo.HasMemory,
-		SizeBytes: uint64(size), OwnBytes: uint64(own),
-	}, nil
+		Vcpus: uint32(mo.VCPUs), MemoryMb: uint64(mo.MemoryMB), DiskMb: uint64(mo.DiskMB), User: mo.User,
+	}
+	if man, err := mo.machine().load(); err == nil {
+		c.Needs = man.needs()
+	}
+	return c
 }
 
 // listMoments gives the whole moments below a directory.

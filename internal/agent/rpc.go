@@ -90,6 +90,16 @@ func (r rpcServer) ResumeSandbox(ctx context.Context, req *connect.Request[agent
 	return answer(r, "resume", req.Msg.Id, &agentv1.ResumeSandboxResponse{Sandbox: sb}, err)
 }
 
+func (r rpcServer) ListMoments(context.Context, *connect.Request[agentv1.ListMomentsRequest]) (*connect.Response[agentv1.ListMomentsResponse], error) {
+	all, err := r.sandboxes.Moments()
+	return answer(r, "list moments", "", &agentv1.ListMomentsResponse{Moments: all}, err)
+}
+
+func (r rpcServer) GetSandboxStorage(_ context.Context, req *connect.Request[agentv1.GetSandboxStorageRequest]) (*connect.Response[agentv1.GetSandboxStorageResponse], error) {
+	use, err := r.sandboxes.Storage(req.Msg.Id)
+	return answer(r, "storage", req.Msg.Id, use, err)
+}
+
 func (r rpcServer) GetSandbox(_ context.Context, req *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error) {
 	sb, err := r.sandboxes.Get(req.Msg.Id)
 	return answer(r, "get", req.Msg.Id, &agentv1.GetSandboxResponse{Sandbox: sb}, err)

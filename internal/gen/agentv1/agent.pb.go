@@ -115,7 +115,12 @@ type Sandbox struct {
 	// The access token of the guest agent of this instance.
 	AccessToken string `protobuf:"bytes,15,opt,name=access_token,json=accessToken,proto3" json:"access_token,omitempty"`
 	// Whether it was booted rather than restored.
-	Cold          bool `protobuf:"varint,16,opt,name=cold,proto3" json:"cold,omitempty"`
+	Cold bool `protobuf:"varint,16,opt,name=cold,proto3" json:"cold,omitempty"`
+	// When the state of a paused sandbox came to survive a power cut; absent until then, and while it runs.
+	// The host's state revision counts this too, though the sandbox's does not.
+	DurableAt *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=durable_at,json=durableAt,proto3" json:"durable_at,omitempty"`
+	// What can resume a paused sandbox with its memory.
+	Needs         *Needs `protobuf:"bytes,18,opt,name=needs,proto3" json:"needs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -262,6 +267,97 @@ func (x *Sandbox) GetCold() bool {
 	return false
 }
 
+func (x *Sandbox) GetDurableAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DurableAt
+	}
+	return nil
+}
+
+func (x *Sandbox) GetNeeds() *Needs {
+	if x != nil {
+		return x.Needs
+	}
+	return nil
+}
+
+// Needs is what saved memory was made by and can run on; all must be equal on the host.
+type Needs struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Driver        string                 `protobuf:"bytes,1,opt,name=driver,proto3" json:"driver,omitempty"`
+	VmmVersion    string                 `protobuf:"bytes,2,opt,name=vmm_version,json=vmmVersion,proto3" json:"vmm_version,omitempty"`
+	Acceleration  string                 `protobuf:"bytes,3,opt,name=acceleration,proto3" json:"acceleration,omitempty"`
+	Arch          string                 `protobuf:"bytes,4,opt,name=arch,proto3" json:"arch,omitempty"`
+	CpuModel      string                 `protobuf:"bytes,5,opt,name=cpu_model,json=cpuModel,proto3" json:"cpu_model,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Needs) Reset() {
+	*x = Needs{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Needs) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Needs) ProtoMessage() {}
+
+func (x *Needs) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Needs.ProtoReflect.Descriptor instead.
+func (*Needs) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Needs) GetDriver() string {
+	if x != nil {
+		return x.Driver
+	}
+	return ""
+}
+
+func (x *Needs) GetVmmVersion() string {
+	if x != nil {
+		return x.VmmVersion
+	}
+	return ""
+}
+
+func (x *Needs) GetAcceleration() string {
+	if x != nil {
+		return x.Acceleration
+	}
+	return ""
+}
+
+func (x *Needs) GetArch() string {
+	if x != nil {
+		return x.Arch
+	}
+	return ""
+}
+
+func (x *Needs) GetCpuModel() string {
+	if x != nil {
+		return x.CpuModel
+	}
+	return ""
+}
+
 type CreateSandboxRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	Id          string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -284,7 +380,7 @@ type CreateSandboxRequest struct {
 
 func (x *CreateSandboxRequest) Reset() {
 	*x = CreateSandboxRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[1]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -296,7 +392,7 @@ func (x *CreateSandboxRequest) String() string {
 func (*CreateSandboxRequest) ProtoMessage() {}
 
 func (x *CreateSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[1]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -309,7 +405,7 @@ func (x *CreateSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSandboxRequest.ProtoReflect.Descriptor instead.
 func (*CreateSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{1}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *CreateSandboxRequest) GetId() string {
@@ -396,7 +492,7 @@ type Source struct {
 
 func (x *Source) Reset() {
 	*x = Source{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[2]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -408,7 +504,7 @@ func (x *Source) String() string {
 func (*Source) ProtoMessage() {}
 
 func (x *Source) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[2]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -421,7 +517,7 @@ func (x *Source) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Source.ProtoReflect.Descriptor instead.
 func (*Source) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{2}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Source) GetMoment() isSource_Moment {
@@ -475,7 +571,7 @@ type CheckpointRef struct {
 
 func (x *CheckpointRef) Reset() {
 	*x = CheckpointRef{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[3]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -487,7 +583,7 @@ func (x *CheckpointRef) String() string {
 func (*CheckpointRef) ProtoMessage() {}
 
 func (x *CheckpointRef) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[3]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -500,7 +596,7 @@ func (x *CheckpointRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointRef.ProtoReflect.Descriptor instead.
 func (*CheckpointRef) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{3}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *CheckpointRef) GetSandboxId() string {
@@ -526,7 +622,7 @@ type CreateSandboxResponse struct {
 
 func (x *CreateSandboxResponse) Reset() {
 	*x = CreateSandboxResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[4]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -538,7 +634,7 @@ func (x *CreateSandboxResponse) String() string {
 func (*CreateSandboxResponse) ProtoMessage() {}
 
 func (x *CreateSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[4]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -551,7 +647,7 @@ func (x *CreateSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSandboxResponse.ProtoReflect.Descriptor instead.
 func (*CreateSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{4}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *CreateSandboxResponse) GetSandbox() *Sandbox {
@@ -571,7 +667,7 @@ type DeleteSandboxRequest struct {
 
 func (x *DeleteSandboxRequest) Reset() {
 	*x = DeleteSandboxRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -583,7 +679,7 @@ func (x *DeleteSandboxRequest) String() string {
 func (*DeleteSandboxRequest) ProtoMessage() {}
 
 func (x *DeleteSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -596,7 +692,7 @@ func (x *DeleteSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSandboxRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *DeleteSandboxRequest) GetId() string {
@@ -621,7 +717,7 @@ type DeleteSandboxResponse struct {
 
 func (x *DeleteSandboxResponse) Reset() {
 	*x = DeleteSandboxResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -633,7 +729,7 @@ func (x *DeleteSandboxResponse) String() string {
 func (*DeleteSandboxResponse) ProtoMessage() {}
 
 func (x *DeleteSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -646,7 +742,7 @@ func (x *DeleteSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSandboxResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 type PauseSandboxRequest struct {
@@ -656,14 +752,16 @@ type PauseSandboxRequest struct {
 	// Keep only the disk, synced; it is resumed by a boot.
 	DiskOnly bool `protobuf:"varint,3,opt,name=disk_only,json=diskOnly,proto3" json:"disk_only,omitempty"`
 	// If not 0, pause only if nothing was active for so long; else the answer is `conflict`.
-	IdleSec       uint32 `protobuf:"varint,4,opt,name=idle_sec,json=idleSec,proto3" json:"idle_sec,omitempty"`
+	IdleSec uint32 `protobuf:"varint,4,opt,name=idle_sec,json=idleSec,proto3" json:"idle_sec,omitempty"`
+	// Answer only when the state survives a power cut.
+	Durable       bool `protobuf:"varint,5,opt,name=durable,proto3" json:"durable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PauseSandboxRequest) Reset() {
 	*x = PauseSandboxRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -675,7 +773,7 @@ func (x *PauseSandboxRequest) String() string {
 func (*PauseSandboxRequest) ProtoMessage() {}
 
 func (x *PauseSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -688,7 +786,7 @@ func (x *PauseSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseSandboxRequest.ProtoReflect.Descriptor instead.
 func (*PauseSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PauseSandboxRequest) GetId() string {
@@ -719,6 +817,13 @@ func (x *PauseSandboxRequest) GetIdleSec() uint32 {
 	return 0
 }
 
+func (x *PauseSandboxRequest) GetDurable() bool {
+	if x != nil {
+		return x.Durable
+	}
+	return false
+}
+
 type PauseSandboxResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
@@ -728,7 +833,7 @@ type PauseSandboxResponse struct {
 
 func (x *PauseSandboxResponse) Reset() {
 	*x = PauseSandboxResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -740,7 +845,7 @@ func (x *PauseSandboxResponse) String() string {
 func (*PauseSandboxResponse) ProtoMessage() {}
 
 func (x *PauseSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -753,7 +858,7 @@ func (x *PauseSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseSandboxResponse.ProtoReflect.Descriptor instead.
 func (*PauseSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *PauseSandboxResponse) GetSandbox() *Sandbox {
@@ -773,7 +878,7 @@ type ResumeSandboxRequest struct {
 
 func (x *ResumeSandboxRequest) Reset() {
 	*x = ResumeSandboxRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -785,7 +890,7 @@ func (x *ResumeSandboxRequest) String() string {
 func (*ResumeSandboxRequest) ProtoMessage() {}
 
 func (x *ResumeSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -798,7 +903,7 @@ func (x *ResumeSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeSandboxRequest.ProtoReflect.Descriptor instead.
 func (*ResumeSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ResumeSandboxRequest) GetId() string {
@@ -824,7 +929,7 @@ type ResumeSandboxResponse struct {
 
 func (x *ResumeSandboxResponse) Reset() {
 	*x = ResumeSandboxResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -836,7 +941,7 @@ func (x *ResumeSandboxResponse) String() string {
 func (*ResumeSandboxResponse) ProtoMessage() {}
 
 func (x *ResumeSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -849,7 +954,7 @@ func (x *ResumeSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeSandboxResponse.ProtoReflect.Descriptor instead.
 func (*ResumeSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ResumeSandboxResponse) GetSandbox() *Sandbox {
@@ -869,14 +974,21 @@ type Checkpoint struct {
 	// What it would take to store it alone.
 	SizeBytes uint64 `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	// What deleting it would free.
-	OwnBytes      uint64 `protobuf:"varint,6,opt,name=own_bytes,json=ownBytes,proto3" json:"own_bytes,omitempty"`
+	OwnBytes uint64 `protobuf:"varint,6,opt,name=own_bytes,json=ownBytes,proto3" json:"own_bytes,omitempty"`
+	Vcpus    uint32 `protobuf:"varint,7,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
+	MemoryMb uint64 `protobuf:"varint,8,opt,name=memory_mb,json=memoryMb,proto3" json:"memory_mb,omitempty"`
+	DiskMb   uint64 `protobuf:"varint,9,opt,name=disk_mb,json=diskMb,proto3" json:"disk_mb,omitempty"`
+	// The default user of commands and files.
+	User string `protobuf:"bytes,10,opt,name=user,proto3" json:"user,omitempty"`
+	// What can run it, if it has memory.
+	Needs         *Needs `protobuf:"bytes,11,opt,name=needs,proto3" json:"needs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -888,7 +1000,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -901,7 +1013,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Checkpoint) GetId() string {
@@ -946,6 +1058,41 @@ func (x *Checkpoint) GetOwnBytes() uint64 {
 	return 0
 }
 
+func (x *Checkpoint) GetVcpus() uint32 {
+	if x != nil {
+		return x.Vcpus
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetMemoryMb() uint64 {
+	if x != nil {
+		return x.MemoryMb
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetDiskMb() uint64 {
+	if x != nil {
+		return x.DiskMb
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetNeeds() *Needs {
+	if x != nil {
+		return x.Needs
+	}
+	return nil
+}
+
 type CheckpointSandboxRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	Id          string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -958,7 +1105,7 @@ type CheckpointSandboxRequest struct {
 
 func (x *CheckpointSandboxRequest) Reset() {
 	*x = CheckpointSandboxRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -970,7 +1117,7 @@ func (x *CheckpointSandboxRequest) String() string {
 func (*CheckpointSandboxRequest) ProtoMessage() {}
 
 func (x *CheckpointSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -983,7 +1130,7 @@ func (x *CheckpointSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointSandboxRequest.ProtoReflect.Descriptor instead.
 func (*CheckpointSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CheckpointSandboxRequest) GetId() string {
@@ -1016,7 +1163,7 @@ type CheckpointSandboxResponse struct {
 
 func (x *CheckpointSandboxResponse) Reset() {
 	*x = CheckpointSandboxResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1028,7 +1175,7 @@ func (x *CheckpointSandboxResponse) String() string {
 func (*CheckpointSandboxResponse) ProtoMessage() {}
 
 func (x *CheckpointSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1041,7 +1188,7 @@ func (x *CheckpointSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointSandboxResponse.ProtoReflect.Descriptor instead.
 func (*CheckpointSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CheckpointSandboxResponse) GetCheckpoint() *Checkpoint {
@@ -1060,7 +1207,7 @@ type ListCheckpointsRequest struct {
 
 func (x *ListCheckpointsRequest) Reset() {
 	*x = ListCheckpointsRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1072,7 +1219,7 @@ func (x *ListCheckpointsRequest) String() string {
 func (*ListCheckpointsRequest) ProtoMessage() {}
 
 func (x *ListCheckpointsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1085,7 +1232,7 @@ func (x *ListCheckpointsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCheckpointsRequest.ProtoReflect.Descriptor instead.
 func (*ListCheckpointsRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListCheckpointsRequest) GetId() string {
@@ -1104,7 +1251,7 @@ type ListCheckpointsResponse struct {
 
 func (x *ListCheckpointsResponse) Reset() {
 	*x = ListCheckpointsResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1116,7 +1263,7 @@ func (x *ListCheckpointsResponse) String() string {
 func (*ListCheckpointsResponse) ProtoMessage() {}
 
 func (x *ListCheckpointsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1129,7 +1276,7 @@ func (x *ListCheckpointsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCheckpointsResponse.ProtoReflect.Descriptor instead.
 func (*ListCheckpointsResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListCheckpointsResponse) GetCheckpoints() []*Checkpoint {
@@ -1150,7 +1297,7 @@ type DeleteCheckpointRequest struct {
 
 func (x *DeleteCheckpointRequest) Reset() {
 	*x = DeleteCheckpointRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1162,7 +1309,7 @@ func (x *DeleteCheckpointRequest) String() string {
 func (*DeleteCheckpointRequest) ProtoMessage() {}
 
 func (x *DeleteCheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1175,7 +1322,7 @@ func (x *DeleteCheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteCheckpointRequest.ProtoReflect.Descriptor instead.
 func (*DeleteCheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DeleteCheckpointRequest) GetId() string {
@@ -1207,7 +1354,7 @@ type DeleteCheckpointResponse struct {
 
 func (x *DeleteCheckpointResponse) Reset() {
 	*x = DeleteCheckpointResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1219,7 +1366,7 @@ func (x *DeleteCheckpointResponse) String() string {
 func (*DeleteCheckpointResponse) ProtoMessage() {}
 
 func (x *DeleteCheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1232,7 +1379,7 @@ func (x *DeleteCheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteCheckpointResponse.ProtoReflect.Descriptor instead.
 func (*DeleteCheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 type RollbackSandboxRequest struct {
@@ -1248,7 +1395,7 @@ type RollbackSandboxRequest struct {
 
 func (x *RollbackSandboxRequest) Reset() {
 	*x = RollbackSandboxRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1260,7 +1407,7 @@ func (x *RollbackSandboxRequest) String() string {
 func (*RollbackSandboxRequest) ProtoMessage() {}
 
 func (x *RollbackSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1273,7 +1420,7 @@ func (x *RollbackSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackSandboxRequest.ProtoReflect.Descriptor instead.
 func (*RollbackSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RollbackSandboxRequest) GetId() string {
@@ -1313,7 +1460,7 @@ type RollbackSandboxResponse struct {
 
 func (x *RollbackSandboxResponse) Reset() {
 	*x = RollbackSandboxResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1325,7 +1472,7 @@ func (x *RollbackSandboxResponse) String() string {
 func (*RollbackSandboxResponse) ProtoMessage() {}
 
 func (x *RollbackSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1338,7 +1485,7 @@ func (x *RollbackSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackSandboxResponse.ProtoReflect.Descriptor instead.
 func (*RollbackSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RollbackSandboxResponse) GetSandbox() *Sandbox {
@@ -1359,7 +1506,7 @@ type ForkSandboxRequest struct {
 
 func (x *ForkSandboxRequest) Reset() {
 	*x = ForkSandboxRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1371,7 +1518,7 @@ func (x *ForkSandboxRequest) String() string {
 func (*ForkSandboxRequest) ProtoMessage() {}
 
 func (x *ForkSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1384,7 +1531,7 @@ func (x *ForkSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForkSandboxRequest.ProtoReflect.Descriptor instead.
 func (*ForkSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ForkSandboxRequest) GetId() string {
@@ -1417,7 +1564,7 @@ type ForkSandboxResponse struct {
 
 func (x *ForkSandboxResponse) Reset() {
 	*x = ForkSandboxResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1429,7 +1576,7 @@ func (x *ForkSandboxResponse) String() string {
 func (*ForkSandboxResponse) ProtoMessage() {}
 
 func (x *ForkSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1442,7 +1589,7 @@ func (x *ForkSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForkSandboxResponse.ProtoReflect.Descriptor instead.
 func (*ForkSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ForkSandboxResponse) GetResults() []*ForkSandboxResponse_Result {
@@ -1464,7 +1611,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1476,7 +1623,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1489,7 +1636,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SaveSnapshotRequest) GetId() string {
@@ -1522,7 +1669,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1534,7 +1681,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1547,7 +1694,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SaveSnapshotResponse) GetSnapshot() *Checkpoint {
@@ -1566,7 +1713,7 @@ type DeleteSnapshotRequest struct {
 
 func (x *DeleteSnapshotRequest) Reset() {
 	*x = DeleteSnapshotRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1578,7 +1725,7 @@ func (x *DeleteSnapshotRequest) String() string {
 func (*DeleteSnapshotRequest) ProtoMessage() {}
 
 func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1591,7 +1738,7 @@ func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DeleteSnapshotRequest) GetSnapshotId() string {
@@ -1609,7 +1756,7 @@ type DeleteSnapshotResponse struct {
 
 func (x *DeleteSnapshotResponse) Reset() {
 	*x = DeleteSnapshotResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1621,7 +1768,7 @@ func (x *DeleteSnapshotResponse) String() string {
 func (*DeleteSnapshotResponse) ProtoMessage() {}
 
 func (x *DeleteSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1634,7 +1781,192 @@ func (x *DeleteSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+}
+
+type ListMomentsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListMomentsRequest) Reset() {
+	*x = ListMomentsRequest{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListMomentsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListMomentsRequest) ProtoMessage() {}
+
+func (x *ListMomentsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListMomentsRequest.ProtoReflect.Descriptor instead.
+func (*ListMomentsRequest) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+}
+
+type ListMomentsResponse struct {
+	state         protoimpl.MessageState        `protogen:"open.v1"`
+	Moments       []*ListMomentsResponse_Moment `protobuf:"bytes,1,rep,name=moments,proto3" json:"moments,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListMomentsResponse) Reset() {
+	*x = ListMomentsResponse{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListMomentsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListMomentsResponse) ProtoMessage() {}
+
+func (x *ListMomentsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListMomentsResponse.ProtoReflect.Descriptor instead.
+func (*ListMomentsResponse) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *ListMomentsResponse) GetMoments() []*ListMomentsResponse_Moment {
+	if x != nil {
+		return x.Moments
+	}
+	return nil
+}
+
+type GetSandboxStorageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSandboxStorageRequest) Reset() {
+	*x = GetSandboxStorageRequest{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSandboxStorageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSandboxStorageRequest) ProtoMessage() {}
+
+func (x *GetSandboxStorageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSandboxStorageRequest.ProtoReflect.Descriptor instead.
+func (*GetSandboxStorageRequest) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *GetSandboxStorageRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type GetSandboxStorageResponse struct {
+	state protoimpl.MessageState           `protogen:"open.v1"`
+	Disk  *GetSandboxStorageResponse_Usage `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	// Memory and device state.
+	Memory        *GetSandboxStorageResponse_Usage `protobuf:"bytes,2,opt,name=memory,proto3" json:"memory,omitempty"`
+	Checkpoints   []*Checkpoint                    `protobuf:"bytes,3,rep,name=checkpoints,proto3" json:"checkpoints,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSandboxStorageResponse) Reset() {
+	*x = GetSandboxStorageResponse{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSandboxStorageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSandboxStorageResponse) ProtoMessage() {}
+
+func (x *GetSandboxStorageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSandboxStorageResponse.ProtoReflect.Descriptor instead.
+func (*GetSandboxStorageResponse) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *GetSandboxStorageResponse) GetDisk() *GetSandboxStorageResponse_Usage {
+	if x != nil {
+		return x.Disk
+	}
+	return nil
+}
+
+func (x *GetSandboxStorageResponse) GetMemory() *GetSandboxStorageResponse_Usage {
+	if x != nil {
+		return x.Memory
+	}
+	return nil
+}
+
+func (x *GetSandboxStorageResponse) GetCheckpoints() []*Checkpoint {
+	if x != nil {
+		return x.Checkpoints
+	}
+	return nil
 }
 
 type GetSandboxRequest struct {
@@ -1646,7 +1978,7 @@ type GetSandboxRequest struct {
 
 func (x *GetSandboxRequest) Reset() {
 	*x = GetSandboxRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1658,7 +1990,7 @@ func (x *GetSandboxRequest) String() string {
 func (*GetSandboxRequest) ProtoMessage() {}
 
 func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1671,7 +2003,7 @@ func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxRequest.ProtoReflect.Descriptor instead.
 func (*GetSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *GetSandboxRequest) GetId() string {
@@ -1690,7 +2022,7 @@ type GetSandboxResponse struct {
 
 func (x *GetSandboxResponse) Reset() {
 	*x = GetSandboxResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1702,7 +2034,7 @@ func (x *GetSandboxResponse) String() string {
 func (*GetSandboxResponse) ProtoMessage() {}
 
 func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1715,7 +2047,7 @@ func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxResponse.ProtoReflect.Descriptor instead.
 func (*GetSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *GetSandboxResponse) GetSandbox() *Sandbox {
@@ -1733,7 +2065,7 @@ type ListSandboxesRequest struct {
 
 func (x *ListSandboxesRequest) Reset() {
 	*x = ListSandboxesRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1745,7 +2077,7 @@ func (x *ListSandboxesRequest) String() string {
 func (*ListSandboxesRequest) ProtoMessage() {}
 
 func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1758,7 +2090,7 @@ func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*ListSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 type ListSandboxesResponse struct {
@@ -1772,7 +2104,7 @@ type ListSandboxesResponse struct {
 
 func (x *ListSandboxesResponse) Reset() {
 	*x = ListSandboxesResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1784,7 +2116,7 @@ func (x *ListSandboxesResponse) String() string {
 func (*ListSandboxesResponse) ProtoMessage() {}
 
 func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1797,7 +2129,7 @@ func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*ListSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ListSandboxesResponse) GetSandboxes() []*Sandbox {
@@ -1827,7 +2159,7 @@ type ForkSandboxRequest_Child struct {
 
 func (x *ForkSandboxRequest_Child) Reset() {
 	*x = ForkSandboxRequest_Child{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1839,7 +2171,7 @@ func (x *ForkSandboxRequest_Child) String() string {
 func (*ForkSandboxRequest_Child) ProtoMessage() {}
 
 func (x *ForkSandboxRequest_Child) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1852,7 +2184,7 @@ func (x *ForkSandboxRequest_Child) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForkSandboxRequest_Child.ProtoReflect.Descriptor instead.
 func (*ForkSandboxRequest_Child) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{20, 0}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{21, 0}
 }
 
 func (x *ForkSandboxRequest_Child) GetId() string {
@@ -1896,7 +2228,7 @@ type ForkSandboxResponse_Result struct {
 
 func (x *ForkSandboxResponse_Result) Reset() {
 	*x = ForkSandboxResponse_Result{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1908,7 +2240,7 @@ func (x *ForkSandboxResponse_Result) String() string {
 func (*ForkSandboxResponse_Result) ProtoMessage() {}
 
 func (x *ForkSandboxResponse_Result) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1921,7 +2253,7 @@ func (x *ForkSandboxResponse_Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForkSandboxResponse_Result.ProtoReflect.Descriptor instead.
 func (*ForkSandboxResponse_Result) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{21, 0}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{22, 0}
 }
 
 func (x *ForkSandboxResponse_Result) GetSandbox() *Sandbox {
@@ -1945,11 +2277,120 @@ func (x *ForkSandboxResponse_Result) GetErrorMessage() string {
 	return ""
 }
 
+type ListMomentsResponse_Moment struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The sandbox of a checkpoint; empty for a snapshot.
+	SandboxId string `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	// Its sizes are not filled in.
+	Checkpoint    *Checkpoint `protobuf:"bytes,2,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListMomentsResponse_Moment) Reset() {
+	*x = ListMomentsResponse_Moment{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListMomentsResponse_Moment) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListMomentsResponse_Moment) ProtoMessage() {}
+
+func (x *ListMomentsResponse_Moment) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListMomentsResponse_Moment.ProtoReflect.Descriptor instead.
+func (*ListMomentsResponse_Moment) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{28, 0}
+}
+
+func (x *ListMomentsResponse_Moment) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *ListMomentsResponse_Moment) GetCheckpoint() *Checkpoint {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
+// Usage of one part, in bytes.
+type GetSandboxStorageResponse_Usage struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What it would take to store it alone.
+	SizeBytes uint64 `protobuf:"varint,1,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	// What nothing else on the host shares with it.
+	OwnBytes      uint64 `protobuf:"varint,2,opt,name=own_bytes,json=ownBytes,proto3" json:"own_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSandboxStorageResponse_Usage) Reset() {
+	*x = GetSandboxStorageResponse_Usage{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSandboxStorageResponse_Usage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSandboxStorageResponse_Usage) ProtoMessage() {}
+
+func (x *GetSandboxStorageResponse_Usage) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSandboxStorageResponse_Usage.ProtoReflect.Descriptor instead.
+func (*GetSandboxStorageResponse_Usage) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{30, 0}
+}
+
+func (x *GetSandboxStorageResponse_Usage) GetSizeBytes() uint64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *GetSandboxStorageResponse_Usage) GetOwnBytes() uint64 {
+	if x != nil {
+		return x.OwnBytes
+	}
+	return 0
+}
+
 var File_wrenn_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x1awrenn/agent/v1/agent.proto\x12\x0ewrenn.agent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb2\x04\n" +
+	"\x1awrenn/agent/v1/agent.proto\x12\x0ewrenn.agent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9a\x05\n" +
 	"\aSandbox\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x122\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x1c.wrenn.agent.v1.SandboxStateR\x05state\x12\x1a\n" +
@@ -1970,7 +2411,17 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"has_memory\x18\x0e \x01(\bR\thasMemory\x12!\n" +
 	"\faccess_token\x18\x0f \x01(\tR\vaccessToken\x12\x12\n" +
-	"\x04cold\x18\x10 \x01(\bR\x04cold\"\x8a\x03\n" +
+	"\x04cold\x18\x10 \x01(\bR\x04cold\x129\n" +
+	"\n" +
+	"durable_at\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\tdurableAt\x12+\n" +
+	"\x05needs\x18\x12 \x01(\v2\x15.wrenn.agent.v1.NeedsR\x05needs\"\x95\x01\n" +
+	"\x05Needs\x12\x16\n" +
+	"\x06driver\x18\x01 \x01(\tR\x06driver\x12\x1f\n" +
+	"\vvmm_version\x18\x02 \x01(\tR\n" +
+	"vmmVersion\x12\"\n" +
+	"\facceleration\x18\x03 \x01(\tR\facceleration\x12\x12\n" +
+	"\x04arch\x18\x04 \x01(\tR\x04arch\x12\x1b\n" +
+	"\tcpu_model\x18\x05 \x01(\tR\bcpuModel\"\x8a\x03\n" +
 	"\x14CreateSandboxRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
 	"\foperation_id\x18\x02 \x01(\tR\voperationId\x12\x1a\n" +
@@ -2002,19 +2453,20 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\x14DeleteSandboxRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
 	"\foperation_id\x18\x02 \x01(\tR\voperationId\"\x17\n" +
-	"\x15DeleteSandboxResponse\"\x80\x01\n" +
+	"\x15DeleteSandboxResponse\"\x9a\x01\n" +
 	"\x13PauseSandboxRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
 	"\foperation_id\x18\x02 \x01(\tR\voperationId\x12\x1b\n" +
 	"\tdisk_only\x18\x03 \x01(\bR\bdiskOnly\x12\x19\n" +
-	"\bidle_sec\x18\x04 \x01(\rR\aidleSec\"I\n" +
+	"\bidle_sec\x18\x04 \x01(\rR\aidleSec\x12\x18\n" +
+	"\adurable\x18\x05 \x01(\bR\adurable\"I\n" +
 	"\x14PauseSandboxResponse\x121\n" +
 	"\asandbox\x18\x01 \x01(\v2\x17.wrenn.agent.v1.SandboxR\asandbox\"I\n" +
 	"\x14ResumeSandboxRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
 	"\foperation_id\x18\x02 \x01(\tR\voperationId\"J\n" +
 	"\x15ResumeSandboxResponse\x121\n" +
-	"\asandbox\x18\x01 \x01(\v2\x17.wrenn.agent.v1.SandboxR\asandbox\"\xcf\x01\n" +
+	"\asandbox\x18\x01 \x01(\v2\x17.wrenn.agent.v1.SandboxR\asandbox\"\xdc\x02\n" +
 	"\n" +
 	"Checkpoint\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
@@ -2025,7 +2477,13 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"has_memory\x18\x04 \x01(\bR\thasMemory\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x05 \x01(\x04R\tsizeBytes\x12\x1b\n" +
-	"\town_bytes\x18\x06 \x01(\x04R\bownBytes\"r\n" +
+	"\town_bytes\x18\x06 \x01(\x04R\bownBytes\x12\x14\n" +
+	"\x05vcpus\x18\a \x01(\rR\x05vcpus\x12\x1b\n" +
+	"\tmemory_mb\x18\b \x01(\x04R\bmemoryMb\x12\x17\n" +
+	"\adisk_mb\x18\t \x01(\x04R\x06diskMb\x12\x12\n" +
+	"\x04user\x18\n" +
+	" \x01(\tR\x04user\x12+\n" +
+	"\x05needs\x18\v \x01(\v2\x15.wrenn.agent.v1.NeedsR\x05needs\"r\n" +
 	"\x18CheckpointSandboxRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
 	"\foperation_id\x18\x02 \x01(\tR\voperationId\x12#\n" +
@@ -2079,7 +2537,26 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\x15DeleteSnapshotRequest\x12\x1f\n" +
 	"\vsnapshot_id\x18\x01 \x01(\tR\n" +
 	"snapshotId\"\x18\n" +
-	"\x16DeleteSnapshotResponse\"#\n" +
+	"\x16DeleteSnapshotResponse\"\x14\n" +
+	"\x12ListMomentsRequest\"\xc0\x01\n" +
+	"\x13ListMomentsResponse\x12D\n" +
+	"\amoments\x18\x01 \x03(\v2*.wrenn.agent.v1.ListMomentsResponse.MomentR\amoments\x1ac\n" +
+	"\x06Moment\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12:\n" +
+	"\n" +
+	"checkpoint\x18\x02 \x01(\v2\x1a.wrenn.agent.v1.CheckpointR\n" +
+	"checkpoint\"*\n" +
+	"\x18GetSandboxStorageRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xac\x02\n" +
+	"\x19GetSandboxStorageResponse\x12C\n" +
+	"\x04disk\x18\x01 \x01(\v2/.wrenn.agent.v1.GetSandboxStorageResponse.UsageR\x04disk\x12G\n" +
+	"\x06memory\x18\x02 \x01(\v2/.wrenn.agent.v1.GetSandboxStorageResponse.UsageR\x06memory\x12<\n" +
+	"\vcheckpoints\x18\x03 \x03(\v2\x1a.wrenn.agent.v1.CheckpointR\vcheckpoints\x1aC\n" +
+	"\x05Usage\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x01 \x01(\x04R\tsizeBytes\x12\x1b\n" +
+	"\town_bytes\x18\x02 \x01(\x04R\bownBytes\"#\n" +
 	"\x11GetSandboxRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"G\n" +
 	"\x12GetSandboxResponse\x121\n" +
@@ -2095,7 +2572,7 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\x15SANDBOX_STATE_PAUSING\x10\x03\x12\x18\n" +
 	"\x14SANDBOX_STATE_PAUSED\x10\x04\x12\x1a\n" +
 	"\x16SANDBOX_STATE_RESUMING\x10\x05\x12\x1a\n" +
-	"\x16SANDBOX_STATE_DELETING\x10\x062\xe3\t\n" +
+	"\x16SANDBOX_STATE_DELETING\x10\x062\xa5\v\n" +
 	"\fAgentService\x12\\\n" +
 	"\rCreateSandbox\x12$.wrenn.agent.v1.CreateSandboxRequest\x1a%.wrenn.agent.v1.CreateSandboxResponse\x12\\\n" +
 	"\rDeleteSandbox\x12$.wrenn.agent.v1.DeleteSandboxRequest\x1a%.wrenn.agent.v1.DeleteSandboxResponse\x12Y\n" +
@@ -2107,7 +2584,9 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\x0fRollbackSandbox\x12&.wrenn.agent.v1.RollbackSandboxRequest\x1a'.wrenn.agent.v1.RollbackSandboxResponse\x12V\n" +
 	"\vForkSandbox\x12\".wrenn.agent.v1.ForkSandboxRequest\x1a#.wrenn.agent.v1.ForkSandboxResponse\x12Y\n" +
 	"\fSaveSnapshot\x12#.wrenn.agent.v1.SaveSnapshotRequest\x1a$.wrenn.agent.v1.SaveSnapshotResponse\x12_\n" +
-	"\x0eDeleteSnapshot\x12%.wrenn.agent.v1.DeleteSnapshotRequest\x1a&.wrenn.agent.v1.DeleteSnapshotResponse\x12S\n" +
+	"\x0eDeleteSnapshot\x12%.wrenn.agent.v1.DeleteSnapshotRequest\x1a&.wrenn.agent.v1.DeleteSnapshotResponse\x12V\n" +
+	"\vListMoments\x12\".wrenn.agent.v1.ListMomentsRequest\x1a#.wrenn.agent.v1.ListMomentsResponse\x12h\n" +
+	"\x11GetSandboxStorage\x12(.wrenn.agent.v1.GetSandboxStorageRequest\x1a).wrenn.agent.v1.GetSandboxStorageResponse\x12S\n" +
 	"\n" +
 	"GetSandbox\x12!.wrenn.agent.v1.GetSandboxRequest\x1a\".wrenn.agent.v1.GetSandboxResponse\x12\\\n" +
 	"\rListSandboxes\x12$.wrenn.agent.v1.ListSandboxesRequest\x1a%.wrenn.agent.v1.ListSandboxesResponseB5Z3github.com/wrenn-sandbox/wrenn/internal/gen/agentv1b\x06proto3"
@@ -2125,98 +2604,117 @@ func file_wrenn_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_wrenn_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_wrenn_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_wrenn_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_wrenn_agent_v1_agent_proto_goTypes = []any{
-	(SandboxState)(0),                  // 0: wrenn.agent.v1.SandboxState
-	(*Sandbox)(nil),                    // 1: wrenn.agent.v1.Sandbox
-	(*CreateSandboxRequest)(nil),       // 2: wrenn.agent.v1.CreateSandboxRequest
-	(*Source)(nil),                     // 3: wrenn.agent.v1.Source
-	(*CheckpointRef)(nil),              // 4: wrenn.agent.v1.CheckpointRef
-	(*CreateSandboxResponse)(nil),      // 5: wrenn.agent.v1.CreateSandboxResponse
-	(*DeleteSandboxRequest)(nil),       // 6: wrenn.agent.v1.DeleteSandboxRequest
-	(*DeleteSandboxResponse)(nil),      // 7: wrenn.agent.v1.DeleteSandboxResponse
-	(*PauseSandboxRequest)(nil),        // 8: wrenn.agent.v1.PauseSandboxRequest
-	(*PauseSandboxResponse)(nil),       // 9: wrenn.agent.v1.PauseSandboxResponse
-	(*ResumeSandboxRequest)(nil),       // 10: wrenn.agent.v1.ResumeSandboxRequest
-	(*ResumeSandboxResponse)(nil),      // 11: wrenn.agent.v1.ResumeSandboxResponse
-	(*Checkpoint)(nil),                 // 12: wrenn.agent.v1.Checkpoint
-	(*CheckpointSandboxRequest)(nil),   // 13: wrenn.agent.v1.CheckpointSandboxRequest
-	(*CheckpointSandboxResponse)(nil),  // 14: wrenn.agent.v1.CheckpointSandboxResponse
-	(*ListCheckpointsRequest)(nil),     // 15: wrenn.agent.v1.ListCheckpointsRequest
-	(*ListCheckpointsResponse)(nil),    // 16: wrenn.agent.v1.ListCheckpointsResponse
-	(*DeleteCheckpointRequest)(nil),    // 17: wrenn.agent.v1.DeleteCheckpointRequest
-	(*DeleteCheckpointResponse)(nil),   // 18: wrenn.agent.v1.DeleteCheckpointResponse
-	(*RollbackSandboxRequest)(nil),     // 19: wrenn.agent.v1.RollbackSandboxRequest
-	(*RollbackSandboxResponse)(nil),    // 20: wrenn.agent.v1.RollbackSandboxResponse
-	(*ForkSandboxRequest)(nil),         // 21: wrenn.agent.v1.ForkSandboxRequest
-	(*ForkSandboxResponse)(nil),        // 22: wrenn.agent.v1.ForkSandboxResponse
-	(*SaveSnapshotRequest)(nil),        // 23: wrenn.agent.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),       // 24: wrenn.agent.v1.SaveSnapshotResponse
-	(*DeleteSnapshotRequest)(nil),      // 25: wrenn.agent.v1.DeleteSnapshotRequest
-	(*DeleteSnapshotResponse)(nil),     // 26: wrenn.agent.v1.DeleteSnapshotResponse
-	(*GetSandboxRequest)(nil),          // 27: wrenn.agent.v1.GetSandboxRequest
-	(*GetSandboxResponse)(nil),         // 28: wrenn.agent.v1.GetSandboxResponse
-	(*ListSandboxesRequest)(nil),       // 29: wrenn.agent.v1.ListSandboxesRequest
-	(*ListSandboxesResponse)(nil),      // 30: wrenn.agent.v1.ListSandboxesResponse
-	nil,                                // 31: wrenn.agent.v1.CreateSandboxRequest.EnvEntry
-	(*ForkSandboxRequest_Child)(nil),   // 32: wrenn.agent.v1.ForkSandboxRequest.Child
-	nil,                                // 33: wrenn.agent.v1.ForkSandboxRequest.Child.EnvEntry
-	(*ForkSandboxResponse_Result)(nil), // 34: wrenn.agent.v1.ForkSandboxResponse.Result
-	(*timestamppb.Timestamp)(nil),      // 35: google.protobuf.Timestamp
+	(SandboxState)(0),                       // 0: wrenn.agent.v1.SandboxState
+	(*Sandbox)(nil),                         // 1: wrenn.agent.v1.Sandbox
+	(*Needs)(nil),                           // 2: wrenn.agent.v1.Needs
+	(*CreateSandboxRequest)(nil),            // 3: wrenn.agent.v1.CreateSandboxRequest
+	(*Source)(nil),                          // 4: wrenn.agent.v1.Source
+	(*CheckpointRef)(nil),                   // 5: wrenn.agent.v1.CheckpointRef
+	(*CreateSandboxResponse)(nil),           // 6: wrenn.agent.v1.CreateSandboxResponse
+	(*DeleteSandboxRequest)(nil),            // 7: wrenn.agent.v1.DeleteSandboxRequest
+	(*DeleteSandboxResponse)(nil),           // 8: wrenn.agent.v1.DeleteSandboxResponse
+	(*PauseSandboxRequest)(nil),             // 9: wrenn.agent.v1.PauseSandboxRequest
+	(*PauseSandboxResponse)(nil),            // 10: wrenn.agent.v1.PauseSandboxResponse
+	(*ResumeSandboxRequest)(nil),            // 11: wrenn.agent.v1.ResumeSandboxRequest
+	(*ResumeSandboxResponse)(nil),           // 12: wrenn.agent.v1.ResumeSandboxResponse
+	(*Checkpoint)(nil),                      // 13: wrenn.agent.v1.Checkpoint
+	(*CheckpointSandboxRequest)(nil),        // 14: wrenn.agent.v1.CheckpointSandboxRequest
+	(*CheckpointSandboxResponse)(nil),       // 15: wrenn.agent.v1.CheckpointSandboxResponse
+	(*ListCheckpointsRequest)(nil),          // 16: wrenn.agent.v1.ListCheckpointsRequest
+	(*ListCheckpointsResponse)(nil),         // 17: wrenn.agent.v1.ListCheckpointsResponse
+	(*DeleteCheckpointRequest)(nil),         // 18: wrenn.agent.v1.DeleteCheckpointRequest
+	(*DeleteCheckpointResponse)(nil),        // 19: wrenn.agent.v1.DeleteCheckpointResponse
+	(*RollbackSandboxRequest)(nil),          // 20: wrenn.agent.v1.RollbackSandboxRequest
+	(*RollbackSandboxResponse)(nil),         // 21: wrenn.agent.v1.RollbackSandboxResponse
+	(*ForkSandboxRequest)(nil),              // 22: wrenn.agent.v1.ForkSandboxRequest
+	(*ForkSandboxResponse)(nil),             // 23: wrenn.agent.v1.ForkSandboxResponse
+	(*SaveSnapshotRequest)(nil),             // 24: wrenn.agent.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),            // 25: wrenn.agent.v1.SaveSnapshotResponse
+	(*DeleteSnapshotRequest)(nil),           // 26: wrenn.agent.v1.DeleteSnapshotRequest
+	(*DeleteSnapshotResponse)(nil),          // 27: wrenn.agent.v1.DeleteSnapshotResponse
+	(*ListMomentsRequest)(nil),              // 28: wrenn.agent.v1.ListMomentsRequest
+	(*ListMomentsResponse)(nil),             // 29: wrenn.agent.v1.ListMomentsResponse
+	(*GetSandboxStorageRequest)(nil),        // 30: wrenn.agent.v1.GetSandboxStorageRequest
+	(*GetSandboxStorageResponse)(nil),       // 31: wrenn.agent.v1.GetSandboxStorageResponse
+	(*GetSandboxRequest)(nil),               // 32: wrenn.agent.v1.GetSandboxRequest
+	(*GetSandboxResponse)(nil),              // 33: wrenn.agent.v1.GetSandboxResponse
+	(*ListSandboxesRequest)(nil),            // 34: wrenn.agent.v1.ListSandboxesRequest
+	(*ListSandboxesResponse)(nil),           // 35: wrenn.agent.v1.ListSandboxesResponse
+	nil,                                     // 36: wrenn.agent.v1.CreateSandboxRequest.EnvEntry
+	(*ForkSandboxRequest_Child)(nil),        // 37: wrenn.agent.v1.ForkSandboxRequest.Child
+	nil,                                     // 38: wrenn.agent.v1.ForkSandboxRequest.Child.EnvEntry
+	(*ForkSandboxResponse_Result)(nil),      // 39: wrenn.agent.v1.ForkSandboxResponse.Result
+	(*ListMomentsResponse_Moment)(nil),      // 40: wrenn.agent.v1.ListMomentsResponse.Moment
+	(*GetSandboxStorageResponse_Usage)(nil), // 41: wrenn.agent.v1.GetSandboxStorageResponse.Usage
+	(*timestamppb.Timestamp)(nil),           // 42: google.protobuf.Timestamp
 }
 var file_wrenn_agent_v1_agent_proto_depIdxs = []int32{
 	0,  // 0: wrenn.agent.v1.Sandbox.state:type_name -> wrenn.agent.v1.SandboxState
-	35, // 1: wrenn.agent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	35, // 2: wrenn.agent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
-	35, // 3: wrenn.agent.v1.Sandbox.last_active_at:type_name -> google.protobuf.Timestamp
-	31, // 4: wrenn.agent.v1.CreateSandboxRequest.env:type_name -> wrenn.agent.v1.CreateSandboxRequest.EnvEntry
-	3,  // 5: wrenn.agent.v1.CreateSandboxRequest.source:type_name -> wrenn.agent.v1.Source
-	4,  // 6: wrenn.agent.v1.Source.checkpoint:type_name -> wrenn.agent.v1.CheckpointRef
-	1,  // 7: wrenn.agent.v1.CreateSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
-	1,  // 8: wrenn.agent.v1.PauseSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
-	1,  // 9: wrenn.agent.v1.ResumeSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
-	35, // 10: wrenn.agent.v1.Checkpoint.created_at:type_name -> google.protobuf.Timestamp
-	12, // 11: wrenn.agent.v1.CheckpointSandboxResponse.checkpoint:type_name -> wrenn.agent.v1.Checkpoint
-	12, // 12: wrenn.agent.v1.ListCheckpointsResponse.checkpoints:type_name -> wrenn.agent.v1.Checkpoint
-	1,  // 13: wrenn.agent.v1.RollbackSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
-	32, // 14: wrenn.agent.v1.ForkSandboxRequest.children:type_name -> wrenn.agent.v1.ForkSandboxRequest.Child
-	34, // 15: wrenn.agent.v1.ForkSandboxResponse.results:type_name -> wrenn.agent.v1.ForkSandboxResponse.Result
-	12, // 16: wrenn.agent.v1.SaveSnapshotResponse.snapshot:type_name -> wrenn.agent.v1.Checkpoint
-	1,  // 17: wrenn.agent.v1.GetSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
-	1,  // 18: wrenn.agent.v1.ListSandboxesResponse.sandboxes:type_name -> wrenn.agent.v1.Sandbox
-	33, // 19: wrenn.agent.v1.ForkSandboxRequest.Child.env:type_name -> wrenn.agent.v1.ForkSandboxRequest.Child.EnvEntry
-	1,  // 20: wrenn.agent.v1.ForkSandboxResponse.Result.sandbox:type_name -> wrenn.agent.v1.Sandbox
-	2,  // 21: wrenn.agent.v1.AgentService.CreateSandbox:input_type -> wrenn.agent.v1.CreateSandboxRequest
-	6,  // 22: wrenn.agent.v1.AgentService.DeleteSandbox:input_type -> wrenn.agent.v1.DeleteSandboxRequest
-	8,  // 23: wrenn.agent.v1.AgentService.PauseSandbox:input_type -> wrenn.agent.v1.PauseSandboxRequest
-	10, // 24: wrenn.agent.v1.AgentService.ResumeSandbox:input_type -> wrenn.agent.v1.ResumeSandboxRequest
-	13, // 25: wrenn.agent.v1.AgentService.CheckpointSandbox:input_type -> wrenn.agent.v1.CheckpointSandboxRequest
-	15, // 26: wrenn.agent.v1.AgentService.ListCheckpoints:input_type -> wrenn.agent.v1.ListCheckpointsRequest
-	17, // 27: wrenn.agent.v1.AgentService.DeleteCheckpoint:input_type -> wrenn.agent.v1.DeleteCheckpointRequest
-	19, // 28: wrenn.agent.v1.AgentService.RollbackSandbox:input_type -> wrenn.agent.v1.RollbackSandboxRequest
-	21, // 29: wrenn.agent.v1.AgentService.ForkSandbox:input_type -> wrenn.agent.v1.ForkSandboxRequest
-	23, // 30: wrenn.agent.v1.AgentService.SaveSnapshot:input_type -> wrenn.agent.v1.SaveSnapshotRequest
-	25, // 31: wrenn.agent.v1.AgentService.DeleteSnapshot:input_type -> wrenn.agent.v1.DeleteSnapshotRequest
-	27, // 32: wrenn.agent.v1.AgentService.GetSandbox:input_type -> wrenn.agent.v1.GetSandboxRequest
-	29, // 33: wrenn.agent.v1.AgentService.ListSandboxes:input_type -> wrenn.agent.v1.ListSandboxesRequest
-	5,  // 34: wrenn.agent.v1.AgentService.CreateSandbox:output_type -> wrenn.agent.v1.CreateSandboxResponse
-	7,  // 35: wrenn.agent.v1.AgentService.DeleteSandbox:output_type -> wrenn.agent.v1.DeleteSandboxResponse
-	9,  // 36: wrenn.agent.v1.AgentService.PauseSandbox:output_type -> wrenn.agent.v1.PauseSandboxResponse
-	11, // 37: wrenn.agent.v1.AgentService.ResumeSandbox:output_type -> wrenn.agent.v1.ResumeSandboxResponse
-	14, // 38: wrenn.agent.v1.AgentService.CheckpointSandbox:output_type -> wrenn.agent.v1.CheckpointSandboxResponse
-	16, // 39: wrenn.agent.v1.AgentService.ListCheckpoints:output_type -> wrenn.agent.v1.ListCheckpointsResponse
-	18, // 40: wrenn.agent.v1.AgentService.DeleteCheckpoint:output_type -> wrenn.agent.v1.DeleteCheckpointResponse
-	20, // 41: wrenn.agent.v1.AgentService.RollbackSandbox:output_type -> wrenn.agent.v1.RollbackSandboxResponse
-	22, // 42: wrenn.agent.v1.AgentService.ForkSandbox:output_type -> wrenn.agent.v1.ForkSandboxResponse
-	24, // 43: wrenn.agent.v1.AgentService.SaveSnapshot:output_type -> wrenn.agent.v1.SaveSnapshotResponse
-	26, // 44: wrenn.agent.v1.AgentService.DeleteSnapshot:output_type -> wrenn.agent.v1.DeleteSnapshotResponse
-	28, // 45: wrenn.agent.v1.AgentService.GetSandbox:output_type -> wrenn.agent.v1.GetSandboxResponse
-	30, // 46: wrenn.agent.v1.AgentService.ListSandboxes:output_type -> wrenn.agent.v1.ListSandboxesResponse
-	34, // [34:47] is the sub-list for method output_type
-	21, // [21:34] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	42, // 1: wrenn.agent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	42, // 2: wrenn.agent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
+	42, // 3: wrenn.agent.v1.Sandbox.last_active_at:type_name -> google.protobuf.Timestamp
+	42, // 4: wrenn.agent.v1.Sandbox.durable_at:type_name -> google.protobuf.Timestamp
+	2,  // 5: wrenn.agent.v1.Sandbox.needs:type_name -> wrenn.agent.v1.Needs
+	36, // 6: wrenn.agent.v1.CreateSandboxRequest.env:type_name -> wrenn.agent.v1.CreateSandboxRequest.EnvEntry
+	4,  // 7: wrenn.agent.v1.CreateSandboxRequest.source:type_name -> wrenn.agent.v1.Source
+	5,  // 8: wrenn.agent.v1.Source.checkpoint:type_name -> wrenn.agent.v1.CheckpointRef
+	1,  // 9: wrenn.agent.v1.CreateSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	1,  // 10: wrenn.agent.v1.PauseSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	1,  // 11: wrenn.agent.v1.ResumeSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	42, // 12: wrenn.agent.v1.Checkpoint.created_at:type_name -> google.protobuf.Timestamp
+	2,  // 13: wrenn.agent.v1.Checkpoint.needs:type_name -> wrenn.agent.v1.Needs
+	13, // 14: wrenn.agent.v1.CheckpointSandboxResponse.checkpoint:type_name -> wrenn.agent.v1.Checkpoint
+	13, // 15: wrenn.agent.v1.ListCheckpointsResponse.checkpoints:type_name -> wrenn.agent.v1.Checkpoint
+	1,  // 16: wrenn.agent.v1.RollbackSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	37, // 17: wrenn.agent.v1.ForkSandboxRequest.children:type_name -> wrenn.agent.v1.ForkSandboxRequest.Child
+	39, // 18: wrenn.agent.v1.ForkSandboxResponse.results:type_name -> wrenn.agent.v1.ForkSandboxResponse.Result
+	13, // 19: wrenn.agent.v1.SaveSnapshotResponse.snapshot:type_name -> wrenn.agent.v1.Checkpoint
+	40, // 20: wrenn.agent.v1.ListMomentsResponse.moments:type_name -> wrenn.agent.v1.ListMomentsResponse.Moment
+	41, // 21: wrenn.agent.v1.GetSandboxStorageResponse.disk:type_name -> wrenn.agent.v1.GetSandboxStorageResponse.Usage
+	41, // 22: wrenn.agent.v1.GetSandboxStorageResponse.memory:type_name -> wrenn.agent.v1.GetSandboxStorageResponse.Usage
+	13, // 23: wrenn.agent.v1.GetSandboxStorageResponse.checkpoints:type_name -> wrenn.agent.v1.Checkpoint
+	1,  // 24: wrenn.agent.v1.GetSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	1,  // 25: wrenn.agent.v1.ListSandboxesResponse.sandboxes:type_name -> wrenn.agent.v1.Sandbox
+	38, // 26: wrenn.agent.v1.ForkSandboxRequest.Child.env:type_name -> wrenn.agent.v1.ForkSandboxRequest.Child.EnvEntry
+	1,  // 27: wrenn.agent.v1.ForkSandboxResponse.Result.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	13, // 28: wrenn.agent.v1.ListMomentsResponse.Moment.checkpoint:type_name -> wrenn.agent.v1.Checkpoint
+	3,  // 29: wrenn.agent.v1.AgentService.CreateSandbox:input_type -> wrenn.agent.v1.CreateSandboxRequest
+	7,  // 30: wrenn.agent.v1.AgentService.DeleteSandbox:input_type -> wrenn.agent.v1.DeleteSandboxRequest
+	9,  // 31: wrenn.agent.v1.AgentService.PauseSandbox:input_type -> wrenn.agent.v1.PauseSandboxRequest
+	11, // 32: wrenn.agent.v1.AgentService.ResumeSandbox:input_type -> wrenn.agent.v1.ResumeSandboxRequest
+	14, // 33: wrenn.agent.v1.AgentService.CheckpointSandbox:input_type -> wrenn.agent.v1.CheckpointSandboxRequest
+	16, // 34: wrenn.agent.v1.AgentService.ListCheckpoints:input_type -> wrenn.agent.v1.ListCheckpointsRequest
+	18, // 35: wrenn.agent.v1.AgentService.DeleteCheckpoint:input_type -> wrenn.agent.v1.DeleteCheckpointRequest
+	20, // 36: wrenn.agent.v1.AgentService.RollbackSandbox:input_type -> wrenn.agent.v1.RollbackSandboxRequest
+	22, // 37: wrenn.agent.v1.AgentService.ForkSandbox:input_type -> wrenn.agent.v1.ForkSandboxRequest
+	24, // 38: wrenn.agent.v1.AgentService.SaveSnapshot:input_type -> wrenn.agent.v1.SaveSnapshotRequest
+	26, // 39: wrenn.agent.v1.AgentService.DeleteSnapshot:input_type -> wrenn.agent.v1.DeleteSnapshotRequest
+	28, // 40: wrenn.agent.v1.AgentService.ListMoments:input_type -> wrenn.agent.v1.ListMomentsRequest
+	30, // 41: wrenn.agent.v1.AgentService.GetSandboxStorage:input_type -> wrenn.agent.v1.GetSandboxStorageRequest
+	32, // 42: wrenn.agent.v1.AgentService.GetSandbox:input_type -> wrenn.agent.v1.GetSandboxRequest
+	34, // 43: wrenn.agent.v1.AgentService.ListSandboxes:input_type -> wrenn.agent.v1.ListSandboxesRequest
+	6,  // 44: wrenn.agent.v1.AgentService.CreateSandbox:output_type -> wrenn.agent.v1.CreateSandboxResponse
+	8,  // 45: wrenn.agent.v1.AgentService.DeleteSandbox:output_type -> wrenn.agent.v1.DeleteSandboxResponse
+	10, // 46: wrenn.agent.v1.AgentService.PauseSandbox:output_type -> wrenn.agent.v1.PauseSandboxResponse
+	12, // 47: wrenn.agent.v1.AgentService.ResumeSandbox:output_type -> wrenn.agent.v1.ResumeSandboxResponse
+	15, // 48: wrenn.agent.v1.AgentService.CheckpointSandbox:output_type -> wrenn.agent.v1.CheckpointSandboxResponse
+	17, // 49: wrenn.agent.v1.AgentService.ListCheckpoints:output_type -> wrenn.agent.v1.ListCheckpointsResponse
+	19, // 50: wrenn.agent.v1.AgentService.DeleteCheckpoint:output_type -> wrenn.agent.v1.DeleteCheckpointResponse
+	21, // 51: wrenn.agent.v1.AgentService.RollbackSandbox:output_type -> wrenn.agent.v1.RollbackSandboxResponse
+	23, // 52: wrenn.agent.v1.AgentService.ForkSandbox:output_type -> wrenn.agent.v1.ForkSandboxResponse
+	25, // 53: wrenn.agent.v1.AgentService.SaveSnapshot:output_type -> wrenn.agent.v1.SaveSnapshotResponse
+	27, // 54: wrenn.agent.v1.AgentService.DeleteSnapshot:output_type -> wrenn.agent.v1.DeleteSnapshotResponse
+	29, // 55: wrenn.agent.v1.AgentService.ListMoments:output_type -> wrenn.agent.v1.ListMomentsResponse
+	31, // 56: wrenn.agent.v1.AgentService.GetSandboxStorage:output_type -> wrenn.agent.v1.GetSandboxStorageResponse
+	33, // 57: wrenn.agent.v1.AgentService.GetSandbox:output_type -> wrenn.agent.v1.GetSandboxResponse
+	35, // 58: wrenn.agent.v1.AgentService.ListSandboxes:output_type -> wrenn.agent.v1.ListSandboxesResponse
+	44, // [44:59] is the sub-list for method output_type
+	29, // [29:44] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_wrenn_agent_v1_agent_proto_init() }
@@ -2224,7 +2722,7 @@ func file_wrenn_agent_v1_agent_proto_init() {
 	if File_wrenn_agent_v1_agent_proto != nil {
 		return
 	}
-	file_wrenn_agent_v1_agent_proto_msgTypes[2].OneofWrappers = []any{
+	file_wrenn_agent_v1_agent_proto_msgTypes[3].OneofWrappers = []any{
 		(*Source_SnapshotId)(nil),
 		(*Source_Checkpoint)(nil),
 	}
@@ -2234,7 +2732,7 @@ func file_wrenn_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wrenn_agent_v1_agent_proto_rawDesc), len(file_wrenn_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   34,
+			NumMessages:   41,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -74,6 +74,12 @@ const (
 	// AgentServiceDeleteSnapshotProcedure is the fully-qualified name of the AgentService's
 	// DeleteSnapshot RPC.
 	AgentServiceDeleteSnapshotProcedure = "/wrenn.agent.v1.AgentService/DeleteSnapshot"
+	// AgentServiceListMomentsProcedure is the fully-qualified name of the AgentService's ListMoments
+	// RPC.
+	AgentServiceListMomentsProcedure = "/wrenn.agent.v1.AgentService/ListMoments"
+	// AgentServiceGetSandboxStorageProcedure is the fully-qualified name of the AgentService's
+	// GetSandboxStorage RPC.
+	AgentServiceGetSandboxStorageProcedure = "/wrenn.agent.v1.AgentService/GetSandboxStorage"
 	// AgentServiceGetSandboxProcedure is the fully-qualified name of the AgentService's GetSandbox RPC.
 	AgentServiceGetSandboxProcedure = "/wrenn.agent.v1.AgentService/GetSandbox"
 	// AgentServiceListSandboxesProcedure is the fully-qualified name of the AgentService's
@@ -106,6 +112,10 @@ type AgentServiceClient interface {
 	SaveSnapshot(context.Context, *connect.Request[agentv1.SaveSnapshotRequest]) (*connect.Response[agentv1.SaveSnapshotResponse], error)
 	// DeleteSnapshot never breaks what was created from it. Deleting what is not there succeeds.
 	DeleteSnapshot(context.Context, *connect.Request[agentv1.DeleteSnapshotRequest]) (*connect.Response[agentv1.DeleteSnapshotResponse], error)
+	// ListMoments names every saved moment of the host, without sizes: those take long to find out.
+	ListMoments(context.Context, *connect.Request[agentv1.ListMomentsRequest]) (*connect.Response[agentv1.ListMomentsResponse], error)
+	// GetSandboxStorage says what a sandbox costs on disk.
+	GetSandboxStorage(context.Context, *connect.Request[agentv1.GetSandboxStorageRequest]) (*connect.Response[agentv1.GetSandboxStorageResponse], error)
 	GetSandbox(context.Context, *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error)
 	// ListSandboxes is one consistent snapshot of all sandboxes of the host.
 	ListSandboxes(context.Context, *connect.Request[agentv1.ListSandboxesRequest]) (*connect.Response[agentv1.ListSandboxesResponse], error)
@@ -188,6 +198,18 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(agentServiceMethods.ByName("DeleteSnapshot")),
 			connect.WithClientOptions(opts...),
 		),
+		listMoments: connect.NewClient[agentv1.ListMomentsRequest, agentv1.ListMomentsResponse](
+			httpClient,
+			baseURL+AgentServiceListMomentsProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("ListMoments")),
+			connect.WithClientOptions(opts...),
+		),
+		getSandboxStorage: connect.NewClient[agentv1.GetSandboxStorageRequest, agentv1.GetSandboxStorageResponse](
+			httpClient,
+			baseURL+AgentServiceGetSandboxStorageProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("GetSandboxStorage")),
+			connect.WithClientOptions(opts...),
+		),
 		getSandbox: connect.NewClient[agentv1.GetSandboxRequest, agentv1.GetSandboxResponse](
 			httpClient,
 			baseURL+AgentServiceGetSandboxProcedure,
@@ -216,6 +238,8 @@ type agentServiceClient struct {
 	forkSandbox       *connect.Client[agentv1.ForkSandboxRequest, agentv1.ForkSandboxResponse]
 	saveSnapshot      *connect.Client[agentv1.SaveSnapshotRequest, agentv1.SaveSnapshotResponse]
 	deleteSnapshot    *connect.Client[agentv1.DeleteSnapshotRequest, agentv1.DeleteSnapshotResponse]
+	listMoments       *connect.Client[agentv1.ListMomentsRequest, agentv1.ListMomentsResponse]
+	getSandboxStorage *connect.Client[agentv1.GetSandboxStorageRequest, agentv1.GetSandboxStorageResponse]
 	getSandbox        *connect.Client[agentv1.GetSandboxRequest, agentv1.GetSandboxResponse]
 	listSandboxes     *connect.Client[agentv1.ListSandboxesRequest, agentv1.ListSandboxesResponse]
 }
@@ -275,6 +299,16 @@ func (c *agentServiceClient) DeleteSnapshot(ctx context.Context, req *connect.Re
 	return c.deleteSnapshot.CallUnary(ctx, req)
 }
 
+// ListMoments calls wrenn.agent.v1.AgentService.ListMoments.
+func (c *agentServiceClient) ListMoments(ctx context.Context, req *connect.Request[agentv1.ListMomentsRequest]) (*connect.Response[agentv1.ListMomentsResponse], error) {
+	return c.listMoments.CallUnary(ctx, req)
+}
+
+// GetSandboxStorage calls wrenn.agent.v1.AgentService.GetSandboxStorage.
+func (c *agentServiceClient) GetSandboxStorage(ctx context.Context, req *connect.Request[agentv1.GetSandboxStorageRequest]) (*connect.Response[agentv1.GetSandboxStorageResponse], error) {
+	return c.getSandboxStorage.CallUnary(ctx, req)
+}
+
 // GetSandbox calls wrenn.agent.v1.AgentService.GetSandbox.
 func (c *agentServiceClient) GetSandbox(ctx context.Context, req *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error) {
 	return c.getSandbox.CallUnary(ctx, req)
@@ -310,6 +344,10 @@ type AgentServiceHandler interface {
 	SaveSnapshot(context.Context, *connect.Request[agentv1.SaveSnapshotRequest]) (*connect.Response[agentv1.SaveSnapshotResponse], error)
 	// DeleteSnapshot never breaks what was created from it. Deleting what is not there succeeds.
 	DeleteSnapshot(context.Context, *connect.Request[agentv1.DeleteSnapshotRequest]) (*connect.Response[agentv1.DeleteSnapshotResponse], error)
+	// ListMoments names every saved moment of the host, without sizes: those take long to find out.
+	ListMoments(context.Context, *connect.Request[agentv1.ListMomentsRequest]) (*connect.Response[agentv1.ListMomentsResponse], error)
+	// GetSandboxStorage says what a sandbox costs on disk.
+	GetSandboxStorage(context.Context, *connect.Request[agentv1.GetSandboxStorageRequest]) (*connect.Response[agentv1.GetSandboxStorageResponse], error)
 	GetSandbox(context.Context, *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error)
 	// ListSandboxes is one consistent snapshot of all sandboxes of the host.
 	ListSandboxes(context.Context, *connect.Request[agentv1.ListSandboxesRequest]) (*connect.Response[agentv1.ListSandboxesResponse], error)
@@ -388,6 +426,18 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(agentServiceMethods.ByName("DeleteSnapshot")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentServiceListMomentsHandler := connect.NewUnaryHandler(
+		AgentServiceListMomentsProcedure,
+		svc.ListMoments,
+		connect.WithSchema(agentServiceMethods.ByName("ListMoments")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceGetSandboxStorageHandler := connect.NewUnaryHandler(
+		AgentServiceGetSandboxStorageProcedure,
+		svc.GetSandboxStorage,
+		connect.WithSchema(agentServiceMethods.ByName("GetSandboxStorage")),
+		connect.WithHandlerOptions(opts...),
+	)
 	agentServiceGetSandboxHandler := connect.NewUnaryHandler(
 		AgentServiceGetSandboxProcedure,
 		svc.GetSandbox,
@@ -424,6 +474,10 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceSaveSnapshotHandler.ServeHTTP(w, r)
 		case AgentServiceDeleteSnapshotProcedure:
 			agentServiceDeleteSnapshotHandler.ServeHTTP(w, r)
+		case AgentServiceListMomentsProcedure:
+			agentServiceListMomentsHandler.ServeHTTP(w, r)
+		case AgentServiceGetSandboxStorageProcedure:
+			agentServiceGetSandboxStorageHandler.ServeHTTP(w, r)
 		case AgentServiceGetSandboxProcedure:
 			agentServiceGetSandboxHandler.ServeHTTP(w, r)
 		case AgentServiceListSandboxesProcedure:
@@ -479,6 +533,14 @@ func (UnimplementedAgentServiceHandler) SaveSnapshot(context.Context, *connect.R
 
 func (UnimplementedAgentServiceHandler) DeleteSnapshot(context.Context, *connect.Request[agentv1.DeleteSnapshotRequest]) (*connect.Response[agentv1.DeleteSnapshotResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.DeleteSnapshot is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) ListMoments(context.Context, *connect.Request[agentv1.ListMomentsRequest]) (*connect.Response[agentv1.ListMomentsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.ListMoments is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) GetSandboxStorage(context.Context, *connect.Request[agentv1.GetSandboxStorageRequest]) (*connect.Response[agentv1.GetSandboxStorageResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.GetSandboxStorage is not implemented"))
 }
 
 func (UnimplementedAgentServiceHandler) GetSandbox(context.Context, *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error) {
