@@ -21,7 +21,8 @@ type Options struct {
 	// Port on 127.0.0.1; 0 means the port it had last time, else a free one.
 	Port int
 	// Ephemeral servers are for tests: nothing is synced to disk, and the server dies with the
-	// calling process. Others are daemons that outlive it.
+	// calling process. Others are daemons that outlive it. PostgreSQL keeps what was committed even
+	// if it is killed; Redis starts empty.
 	Ephemeral bool
 	// LogFile defaults to Dir/log.
 	LogFile string
