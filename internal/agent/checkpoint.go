@@ -112,7 +112,7 @@ func (s *Sandboxes) cloneRunning(ctx context.Context, sb *sandbox, dst machine) 
 		return err
 	}
 	// What is dirty is written while the VM still runs: a reflink would have to, while it stands still.
-	if err := errors.Join(syncDir(src.memory()), syncDir(src.disk())); err != nil {
+	if err := syncDir(src.disk()); err != nil {
 		return err
 	}
 	going := context.WithoutCancel(ctx)
@@ -250,7 +250,7 @@ func (s *Sandboxes) rollback(ctx context.Context, sb *sandbox, mo *moment, req *
 	if err := sb.update(func(r *record) { r.VM, r.Slot = nil, -1 }); err != nil {
 		return err
 	}
-	if err := s.launch(ctx, sb, &u); err != nil {
+	if err := s.launch(ctx, sb, "", &u); err != nil {
 		return err
 	}
 	return s.transition(sb, func(r *record) { r.State = wrenn.SandboxRunning })

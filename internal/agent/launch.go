@@ -15,14 +15,15 @@ import (
 )
 
 // launch makes a sandbox's machine run and returns when its guest agent is ready and knows who it is: a
-// machine at rest is restored, one without memory is booted. Undo steps are pushed for all that it takes.
-func (s *Sandboxes) launch(ctx context.Context, sb *sandbox, u *undo.Stack) error {
+// machine at rest is restored, one without memory is booted. shared is the machine that it and others are
+// clones of, if any: they have their clean memory in common. Undo steps are pushed for all that it takes.
+func (s *Sandboxes) launch(ctx context.Context, sb *sandbox, shared machine, u *undo.Stack) error {
 	slot, err := s.net.Acquire(ctx)
 	if err != nil {
 		return err
 	}
 	u.Push(func() error { s.net.Release(slot); return nil })
-	handle, err := s.startVM(ctx, sb, slot, u)
+	handle, err := s.startVM(ctx, sb, slot, shared, u)
 	if err != nil {
 		return err
 	}
@@ -57,7 +58,7 @@ func (s *Sandboxes) keepMemory(ctx context.Context, sb *sandbox, handle vm.Handl
 
 // startVM starts the VM frozen. The slot is on record first, so a VM that dies unrecorded is found by
 // its uid.
-func (s *Sandboxes) startVM(ctx context.Context, sb *sandbox, slot *network.Slot, u *undo.Stack) (vm.Handle, error) {
+func (s *Sandboxes) startVM(ctx context.Context, sb *sandbox, slot *network.Slot, shared machine, u *undo.Stack) (vm.Handle, error) {
 	if err := sb.update(func(r *record) { r.Slot = slot.Index }); err != nil {
 		return vm.Handle{}, err
 	}
@@ -80,6 +81,9 @@ func (s *Sandboxes) startVM(ctx context.Context, sb *sandbox, slot *network.Slot
 			return vm.Handle{}, err
 		}
 		cfg.Restore = &vm.SnapshotFiles{State: m.state(), Memory: m.memory()}
+		if shared != "" {
+			cfg.Restore.Memory, cfg.SharedMemory = shared.memory(), true
+		}
 		if err := sb.update(func(r *record) { r.AccessToken = man.Token }); err != nil {
 			return vm.Handle{}, err
 		}

@@ -167,7 +167,7 @@ func (s *Sandboxes) resume(ctx context.Context, sb *sandbox, opID string) (err e
 	u.Push(func() error {
 		return s.transition(sb, func(r *record) { r.toPaused(sb.machine().atRest()) })
 	})
-	if err := s.launch(ctx, sb, &u); err != nil {
+	if err := s.launch(ctx, sb, "", &u); err != nil {
 		return err
 	}
 	return s.transition(sb, func(r *record) { r.State = wrenn.SandboxRunning })

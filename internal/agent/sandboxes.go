@@ -220,7 +220,11 @@ func (s *Sandboxes) create(ctx context.Context, sb *sandbox, src *agentv1.Source
 	if err := sb.machine().cloneFrom(ctx, s.store, from.machine); err != nil {
 		return fmt.Errorf("clone %s: %w", rec.Template, err)
 	}
-	if err := s.launch(ctx, sb, &u); err != nil {
+	shared := from.machine
+	if from.parent != "" {
+		shared = "" // a checkpoint has few clones
+	}
+	if err := s.launch(ctx, sb, shared, &u); err != nil {
 		return err
 	}
 	return s.transition(sb, func(r *record) { r.State = wrenn.SandboxRunning })

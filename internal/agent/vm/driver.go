@@ -44,10 +44,11 @@ type Driver interface {
 	// Resume lets a frozen VM run; a running one goes on (idempotent).
 	Resume(ctx context.Context, h Handle) error
 
-	// Snapshot writes the device state of a frozen VM to dst.State and makes dst.Memory hold its RAM. The
-	// VM stays frozen and may be resumed. If Capabilities.MemoryInPlace, the RAM already is in the VM's
-	// own memory file, and a dst.Memory equal to that file costs nothing; any other dst.Memory is cloned
-	// from it. Files appear whole or not at all; durability (fsync) is the caller's.
+	// Snapshot writes the device state of a frozen VM to dst.State and makes dst.Memory hold its RAM: what
+	// the VM changed since its start goes into dst.Memory, which is the VM's own memory file or becomes a
+	// clone of it. The VM stays frozen and may be resumed. dst.State appears whole or not at all, and last; a
+	// dst.Memory other than the VM's own file too. The own file may hold part of the changes after a failure,
+	// which neither the VM sees nor a later Snapshot minds. Durability (fsync) is the caller's.
 	Snapshot(ctx context.Context, h Handle, dst SnapshotFiles) error
 
 	// Wait returns when the VM is gone, or with ctx's error.
@@ -61,13 +62,11 @@ type Driver interface {
 // Capabilities of a driver on this host. All values are shown by `wrenn-agent doctor` and reported to
 // the control plane.
 type Capabilities struct {
-	Driver        string // "qemu", "firecracker"
-	Version       string // of the VMM, e.g. "7.2.22"
-	Acceleration  string // "kvm", "tcg"
-	Arch          string // as GOARCH
-	CPUModel      string // what a snapshot needs of the CPU, e.g. "tcg-max", "host:GenuineIntel-6-143"
-	MemoryInPlace bool   // the RAM of a VM lives in Config.MemoryFile (see Snapshot)
-	DirtyTracking bool   // can write only the RAM that changed
+	Driver       string // "qemu", "firecracker"
+	Version      string // of the VMM, e.g. "7.2.22"
+	Acceleration string // "kvm", "tcg"
+	Arch         string // as GOARCH
+	CPUModel     string // what a snapshot needs of the CPU, e.g. "tcg-max", "host:GenuineIntel-6-143"
 }
 
 // State of a VM.
@@ -93,15 +92,18 @@ type Config struct {
 	Cmdline string // appended to what the driver needs (console)
 
 	Disks      []Disk // /dev/vda, /dev/vdb, …
-	MemoryFile string // file of MemoryMB MiB that backs the RAM; created if cold, private to this VM
+	MemoryFile string // the VM's own file of MemoryMB MiB, mapped privately: it is as at the start until a Snapshot
 	Console    string // serial console output is appended here, at most ConsoleLimit bytes are kept
 	Net        Net
 
 	// Restore is set to restore this snapshot, with the vCPUs, memory and number of disks it was taken of. A
-	// MemoryFile that exists then already holds the snapshot's RAM and is used as it is (resume in place); one
-	// that does not is cloned from Restore.Memory.
+	// MemoryFile that exists then already holds the snapshot's RAM (resume in place); one that does not is
+	// cloned from Restore.Memory. A cold start makes it anew, empty.
 	Restore *SnapshotFiles
-	Frozen  bool // do not let it run yet
+	// SharedMemory says that others are restored from Restore.Memory as well: its clean pages are in the host's
+	// memory once for all of them, and no VMM gets the right to change them.
+	SharedMemory bool
+	Frozen       bool // do not let it run yet
 
 	UID, GID int
 	Cgroup   string // name of the cgroup below the agent's own, with limits from VCPUs and MemoryMB
@@ -143,6 +145,7 @@ type Handle struct {
 	Socket    string    `json:"socket"`     // control socket (QMP, Firecracker API)
 	Dir       string    `json:"dir"`        // Config.Dir
 	Memory    string    `json:"memory"`     // Config.MemoryFile
+	Mapped    uint64    `json:"mapped"`     // inode of the file that is mapped as RAM
 	MemoryMB  int       `json:"memory_mb"`
 	VCPUs     int       `json:"vcpus"`
 	Disks     int       `json:"disks"`

@@ -57,7 +57,7 @@ func (o opened) arguments() []string {
 		"-M", "microvm,acpi=on,rtc=on,isa-serial=on,memory-backend=ram",
 		"-smp", strconv.Itoa(o.cfg.VCPUs),
 		"-m", fmt.Sprintf("%dM", o.cfg.MemoryMB),
-		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,mem-path=/proc/self/fd/%d,share=on,dump=off", o.cfg.MemoryMB, o.memory),
+		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,mem-path=/proc/self/fd/%d,share=off,dump=off,merge=off", o.cfg.MemoryMB, o.memory),
 		"-chardev", fmt.Sprintf("socket,id=monitor,fd=%d,server=on,wait=off", o.monitor),
 		"-mon", "chardev=monitor,mode=control",
 		"-chardev", fmt.Sprintf("socket,id=console,fd=%d,server=on,wait=off", o.console),

@@ -19,7 +19,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/netns"
-	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/kernel"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
@@ -128,44 +127,6 @@ func shortPath(path string) (address string, done func(), err error) {
 		return "", nil, err
 	}
 	return fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), filepath.Base(path)), func() { dir.Close() }, nil
-}
-
-// openMemory opens the file that is the guest's RAM, and gives it to the VMM's uid: QEMU opens it again
-// by its descriptor, which takes the file's permission but no path.
-func (s *starting) openMemory(ctx context.Context, o *opened) error {
-	path, size := s.cfg.MemoryFile, int64(s.cfg.MemoryMB)<<20
-	flags := os.O_RDWR
-	if s.cfg.Restore == nil {
-		_, err := os.Lstat(path)
-		s.madeMemory = errors.Is(err, fs.ErrNotExist)
-		flags |= os.O_CREATE | os.O_TRUNC
-	} else if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
-		if err := storage.CloneFile(ctx, s.cfg.Restore.Memory, path); err != nil {
-			return err
-		}
-		s.madeMemory = true
-	}
-	f, err := os.OpenFile(path, flags, 0o600)
-	if err != nil {
-		return fileError(err, "the memory file")
-	}
-	o.memory = s.inherit.add(f)
-	if s.cfg.Restore == nil {
-		if err := f.Truncate(size); err != nil {
-			return fileError(err, "the memory file")
-		}
-	}
-	fi, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	if fi.Size() != size {
-		return wrenn.Errorf(wrenn.KindInvalidRequest, "the snapshot's memory is %d MiB, but the VM has %d MiB", fi.Size()>>20, s.cfg.MemoryMB)
-	}
-	if err := f.Chmod(0o600); err != nil {
-		return err
-	}
-	return f.Chown(s.cfg.UID, s.cfg.GID)
 }
 
 func (s *starting) openKernel(ctx context.Context, o *opened) error {

@@ -43,6 +43,7 @@ type Driver struct {
 	opts    Options
 	caps    vm.Capabilities
 
+	shared   sharedMemory
 	mu       sync.Mutex
 	consoles map[string]bool // control sockets of VMs whose console is being read
 }
@@ -63,7 +64,7 @@ func New(verdict Verdict, opts Options) *Driver {
 	d := &Driver{verdict: verdict, opts: opts, consoles: map[string]bool{}}
 	d.caps = vm.Capabilities{
 		Driver: Name, Version: verdict.Version, Acceleration: "tcg", CPUModel: "tcg-max",
-		Arch: runtime.GOARCH, MemoryInPlace: true,
+		Arch: runtime.GOARCH,
 	}
 	if verdict.KVM {
 		d.caps.Acceleration, d.caps.CPUModel = "kvm", hostCPU()

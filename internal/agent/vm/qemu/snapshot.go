@@ -13,17 +13,18 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
-// A state file is one line, magic and JSON, that says what it fits; then QEMU's own stream.
+// A state file is one line, magic and JSON, that says what it fits; then a stream as QEMU's migration reads it.
 const (
-	stateMagic    = "wrenn-qemu-1 "
-	headerLimit   = 4096
-	cancelTimeout = 5 * time.Second
-	pollEvery     = time.Millisecond
+	stateMagic  = "wrenn-qemu-2 "
+	headerLimit = 4096
+	pollEvery   = time.Millisecond
 )
 
 // stateHeader is what a restored VM must have in common with the one the snapshot was taken of.
@@ -76,72 +77,100 @@ func (d *Driver) snapshot(ctx context.Context, m *monitor, h vm.Handle, dst vm.S
 	if err != nil {
 		return fileError(err, "the snapshot")
 	}
-	memory := state.Name() + ".memory"
+	memory := h.Memory
 	defer func() {
 		state.Close()
-		if err != nil {
-			_, _ = os.Remove(state.Name()), os.Remove(memory)
+		if err == nil {
+			return
+		}
+		_ = os.Remove(state.Name())
+		if memory != h.Memory {
+			_ = os.Remove(memory)
 		}
 	}()
 	if err := d.writeState(ctx, m, h, state); err != nil {
-		return err
+		return fileError(err, "the snapshot")
 	}
 	if filepath.Clean(dst.Memory) != filepath.Clean(h.Memory) {
-		memory = filepath.Join(filepath.Dir(dst.Memory), filepath.Base(memory))
+		memory = filepath.Join(filepath.Dir(dst.Memory), filepath.Base(state.Name())+".memory")
 		if err := storage.CloneFile(ctx, h.Memory, memory); err != nil {
 			return err
 		}
+	}
+	if err := saveMemory(ctx, h, memory); err != nil {
+		return err
+	}
+	if memory != h.Memory {
 		if err := os.Rename(memory, dst.Memory); err != nil {
 			return fileError(err, "the snapshot")
 		}
+		memory = dst.Memory
 	}
 	return fileError(os.Rename(state.Name(), dst.State), "the snapshot")
 }
 
-func (d *Driver) writeState(ctx context.Context, m *monitor, h vm.Handle, state *os.File) error {
+// QEMU's migration stream (migration/savevm.c, docs/devel/migration.rst): a header, the sections of the
+// devices, an end. Integers are big-endian.
+const (
+	streamMagic   = "QEVM\x00\x00\x00\x03"
+	configSection = "\x07\x00\x00\x00\x07microvm" // the machine type, which an incoming stream must name
+	emptyEpilogue = "\x06\x00\x00\x00\x02{}"      // a description of the sections, for debuggers
+	streamLimit   = 64 << 20
+)
+
+// writeState writes the header and a stream of the devices alone. QEMU offers that as xen-save-devices-state,
+// without what an incoming migration expects around it: a configuration before and a description behind.
+// RAM is no part of it, and a stream without RAM leaves the RAM of the VM that loads it as it is.
+func (d *Driver) writeState(ctx context.Context, m *monitor, h vm.Handle, state io.Writer) error {
 	header, err := json.Marshal(d.header(h.VCPUs, h.MemoryMB, h.Disks))
 	if err != nil {
 		return err
 	}
-	if _, err := fmt.Fprintf(state, "%s%s\n", stateMagic, header); err != nil {
-		return fileError(err, "the snapshot")
-	}
-	if err := m.ignoreSharedRAM(ctx); err != nil {
+	devices, err := m.saveDevices(ctx)
+	if err != nil {
 		return err
 	}
-	if err := m.execute(ctx, "getfd", map[string]any{"fdname": "state"}, nil, state); err != nil {
-		return err
+	sections, ok := bytes.CutPrefix(devices, []byte(streamMagic))
+	if !ok {
+		return errors.New("QEMU's device state has another format than this driver knows")
 	}
-	if err := m.execute(ctx, "migrate", map[string]any{"uri": "fd:state"}, nil); err != nil {
-		return err
+	for _, part := range [][]byte{[]byte(stateMagic), header, []byte("\n" + streamMagic + configSection), sections, []byte(emptyEpilogue)} {
+		if _, err := state.Write(part); err != nil {
+			return err
+		}
 	}
-	err = m.migrated(ctx)
-	if err != nil && ctx.Err() != nil {
-		m.cancelMigration(h.Socket)
-	}
-	if err != nil && diskFull(state) {
-		return wrenn.Wrap(err, wrenn.KindDiskFull, "the host's disk is full; delete sandboxes or snapshots, or add disk")
-	}
-	return err
+	return nil
 }
 
-// diskFull tries to write on after a migration failed, which does not say why.
-func diskFull(f *os.File) bool {
-	_, err := f.Write(make([]byte, 64<<10))
-	return err != nil && wrenn.KindOf(fileError(err, "")) == wrenn.KindDiskFull
-}
-
-// ignoreSharedRAM makes a stream carry the devices only: RAM is in a file that outlives the process.
-func (m *monitor) ignoreSharedRAM(ctx context.Context) error {
-	on := map[string]any{"capability": "x-ignore-shared", "state": true}
-	return m.execute(ctx, "migrate-set-capabilities", map[string]any{"capabilities": []any{on}}, nil)
+// saveDevices gets the devices' state through a file in memory, which QEMU is handed open for writing.
+func (m *monitor) saveDevices(ctx context.Context) (devices []byte, err error) {
+	fd, err := unix.MemfdCreate("qemu-devices", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), "qemu-devices")
+	defer f.Close()
+	writable, err := os.OpenFile(fdPath(fd), os.O_WRONLY, 0) // QEMU compares the access mode
+	if err != nil {
+		return nil, err
+	}
+	defer writable.Close()
+	var set struct {
+		ID int `json:"fdset-id"`
+	}
+	if err := m.execute(ctx, "add-fd", nil, &set, writable); err != nil {
+		return nil, err
+	}
+	save := map[string]any{"filename": fmt.Sprintf("/dev/fdset/%d", set.ID), "live": false}
+	err = m.execute(ctx, "xen-save-devices-state", save, nil)
+	if err := errors.Join(err, m.execute(ctx, "remove-fd", map[string]any{"fdset-id": set.ID}, nil)); err != nil {
+		return nil, err
+	}
+	return io.ReadAll(io.NewSectionReader(f, 0, streamLimit))
 }
 
 // load reads a stream from a descriptor that QEMU inherited. QEMU ends if it does not fit.
 func (m *monitor) load(ctx context.Context, fd int) error {
-	if err := m.ignoreSharedRAM(ctx); err != nil {
-		return err
-	}
 	// A migrated guest is told to announce its address. There is nobody to hear it, its kernel works for it
 	// for half a second, and one that powers off meanwhile hangs: Linux 6.1 waits for an answer of a network
 	// device that it has reset.
@@ -162,43 +191,6 @@ func (m *monitor) load(ctx context.Context, fd int) error {
 		case <-time.After(pollEvery):
 		}
 	}
-}
-
-// migrated waits until the stream is written: milliseconds, because RAM is not in it.
-func (m *monitor) migrated(ctx context.Context) error {
-	for {
-		var info struct {
-			Status string `json:"status"`
-			Error  string `json:"error-desc"`
-		}
-		if err := m.execute(ctx, "query-migrate", nil, &info); err != nil {
-			return err
-		}
-		switch info.Status {
-		case "completed":
-			return nil
-		case "failed", "cancelled":
-			return fmt.Errorf("writing the state failed: %s", info.Error)
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(pollEvery):
-		}
-	}
-}
-
-// cancelMigration takes back a migration whose caller gave up; the VM stays frozen as it was.
-func (m *monitor) cancelMigration(socket string) {
-	m.close() // its deadline has passed
-	ctx, cancel := context.WithTimeout(context.Background(), cancelTimeout)
-	defer cancel()
-	again, err := connect(ctx, socket)
-	if err != nil {
-		return
-	}
-	defer again.close()
-	_ = again.execute(ctx, "migrate_cancel", nil, nil)
 }
 
 // openState opens the snapshot's state, checks that it fits this VM, and leaves the file at QEMU's stream.

@@ -93,6 +93,7 @@ type starting struct {
 	proc        *vmproc.Process
 	stderr      *os.File
 	socket      string
+	mapped      uint64
 	madeMemory  bool
 	madeSockets bool
 }
@@ -124,7 +125,7 @@ func (s *starting) run(ctx context.Context) (vm.Handle, error) {
 	}
 	return vm.Handle{
 		Version: 1, Driver: Name, PID: s.proc.PID, StartTime: s.proc.StartTime, BootID: s.proc.BootID,
-		Socket: s.socket, Dir: s.cfg.Dir, Memory: s.cfg.MemoryFile, MemoryMB: s.cfg.MemoryMB,
+		Socket: s.socket, Dir: s.cfg.Dir, Memory: s.cfg.MemoryFile, MemoryMB: s.cfg.MemoryMB, Mapped: s.mapped,
 		VCPUs: s.cfg.VCPUs, Disks: len(s.cfg.Disks), Console: s.cfg.Console,
 		Cgroup: s.cfg.Cgroup, StartedAt: time.Now().UTC(),
 	}, nil

@@ -41,7 +41,7 @@ func TestArgumentsOfAColdStart(t *testing.T) {
 		}
 	}
 	all := strings.Join(args, " ")
-	for _, want := range []string{"-S", "-accel tcg,thread=multi,tb-size=128 -cpu max", "mem-path=/proc/self/fd/5,share=on", "read-only=off", "read-only=on"} {
+	for _, want := range []string{"-S", "-accel tcg,thread=multi,tb-size=128 -cpu max", "mem-path=/proc/self/fd/5,share=off", "read-only=off", "read-only=on"} {
 		if !strings.Contains(all, want) {
 			t.Errorf("no %q in %s", want, all)
 		}

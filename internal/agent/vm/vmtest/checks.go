@@ -125,6 +125,7 @@ func (s *suite) manyRestores(t *testing.T) {
 	var wg sync.WaitGroup
 	for i := range 3 {
 		cfg := s.clone(t)
+		cfg.SharedMemory = i > 0
 		r := &running{T: t, env: s.env, driver: s.env.New(), cfg: cfg}
 		r.begin()
 		wg.Go(func() {
@@ -151,12 +152,11 @@ func sum(t *testing.T, path string) [sha256.Size]byte {
 	return sha256.Sum256(b)
 }
 
-// inPlace is pause and resume as the agent does it: the RAM stays in the VM's own file.
+// inPlace is pause and resume as the agent does it: the RAM goes into the VM's own file.
 func (s *suite) inPlace(t *testing.T) {
-	if !s.env.New().Capabilities().MemoryInPlace {
-		t.Skip("this driver has no memory in place")
-	}
-	r := s.start(t, s.clone(t))
+	cfg := s.clone(t)
+	cfg.SharedMemory = true
+	r := s.start(t, cfg)
 	for round := range 3 {
 		seed := strconv.Itoa(40 + round)
 		r.expect("fill "+seed+" 24", "ok")
@@ -164,9 +164,47 @@ func (s *suite) inPlace(t *testing.T) {
 		snap := vm.SnapshotFiles{State: r.files("here").State, Memory: r.cfg.MemoryFile}
 		r.snapshot(snap)
 		r.destroy()
-		r.cfg.Restore = &snap
+		r.cfg.Restore, r.cfg.SharedMemory = &snap, false
 		r.begin()
 		r.expect("check", seed+" 24")
+	}
+}
+
+// zeroes clears memory that the snapshot below had filled: a page of zeroes is data, not a page unchanged.
+func (s *suite) zeroes(t *testing.T) {
+	r := s.start(t, s.clone(t))
+	r.expect("check", "7 24")
+	r.expect("clear 24", "ok")
+	r.pause()
+	cleared := r.files("cleared")
+	r.snapshot(cleared)
+	r.destroy()
+	cfg := s.clone(t)
+	cfg.Restore, cfg.Disks = &cleared, r.cfg.Disks
+	again := s.start(t, cfg)
+	again.expect("check", "0 24")
+}
+
+// goesOn snapshots a VM that goes on: what it changes later is in the second snapshot, not in the first.
+func (s *suite) goesOn(t *testing.T) {
+	cfg := s.clone(t)
+	cfg.SharedMemory = true
+	r := s.start(t, cfg)
+	var snaps []vm.SnapshotFiles
+	for _, seed := range []string{"50", "51"} {
+		r.expect("fill "+seed+" 24", "ok")
+		r.pause()
+		snaps = append(snaps, r.files(seed))
+		r.snapshot(snaps[len(snaps)-1])
+		r.resume()
+	}
+	r.expect("check", "51 24")
+	for i, want := range []string{"50 24", "51 24"} {
+		cfg := s.clone(t)
+		cfg.Restore = &snaps[i]
+		again := s.start(t, cfg)
+		again.expect("check", want)
+		again.destroy()
 	}
 }
 

@@ -45,7 +45,7 @@ type fake struct{ w *world }
 const fakeBoot = "fake-boot"
 
 func (d fake) Capabilities() vm.Capabilities {
-	return vm.Capabilities{Driver: "fake", Version: "1", MemoryInPlace: true}
+	return vm.Capabilities{Driver: "fake", Version: "1"}
 }
 
 func (d fake) Start(ctx context.Context, cfg vm.Config) (vm.Handle, error) {
@@ -244,7 +244,10 @@ func (m *machine) command(words []string) (string, error) {
 		return fmt.Sprint(m.cfg.VCPUs), nil
 	case "fill":
 		m.pattern = strings.Join(words[1:], " ")
-		return "ok", os.WriteFile(m.cfg.MemoryFile, []byte(m.pattern), 0o600)
+		return "ok", nil
+	case "clear":
+		m.pattern = "0 " + words[1]
+		return "ok", nil
 	case "check":
 		return m.pattern, nil
 	case "disk":

@@ -50,6 +50,8 @@ func Exercise(t *testing.T, env Env) {
 		{"restore goes on where the snapshot was", (*suite).restore},
 		{"many restores of one snapshot", (*suite).manyRestores},
 		{"pause in place and resume, again and again", (*suite).inPlace},
+		{"cleared memory comes back clear", (*suite).zeroes},
+		{"a VM goes on after a snapshot", (*suite).goesOn},
 		{"a failed snapshot leaves the VM frozen", (*suite).failedSnapshot},
 		{"a snapshot that does not fit is refused", (*suite).mismatch},
 		{"a config that cannot be honoured leaves nothing", (*suite).badConfigs},

@@ -30,6 +30,7 @@ type machine struct {
 	mu      sync.Mutex
 	pattern []byte
 	seed    byte
+	cleared bool
 }
 
 func main() {
@@ -87,6 +88,8 @@ func (m *machine) command(words []string) (string, error) {
 		return strconv.FormatInt(m.ticks.Load(), 10), nil
 	case "fill": // seed MiB
 		return m.fill(args)
+	case "clear":
+		return m.clear()
 	case "check":
 		return m.check()
 	case "flood": // KiB
@@ -129,10 +132,19 @@ func (m *machine) fill(args []string) (string, error) {
 	if len(m.pattern) != mib<<20 { // the machine is small: what is there is used again
 		m.pattern = make([]byte, mib<<20)
 	}
-	m.seed = byte(seed)
+	m.seed, m.cleared = byte(seed), false
 	for i := range m.pattern {
 		m.pattern[i] = m.seed ^ byte(i) ^ byte(i>>12)
 	}
+	return "ok", nil
+}
+
+// clear fills the memory of the pattern with zeroes; its seed is then 0.
+func (m *machine) clear() (string, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.seed, m.cleared = 0, true
+	clear(m.pattern)
 	return "ok", nil
 }
 
@@ -141,7 +153,11 @@ func (m *machine) check() (string, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for i, b := range m.pattern {
-		if b != m.seed^byte(i)^byte(i>>12) {
+		want := m.seed ^ byte(i) ^ byte(i>>12)
+		if m.cleared {
+			want = 0
+		}
+		if b != want {
 			return "", fmt.Errorf("pattern is damaged at %d", i)
 		}
 	}
