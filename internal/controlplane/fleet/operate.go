@@ -45,13 +45,29 @@ func (f *Fleet) finishCreate(ctx context.Context, row db.Sandbox) error {
 	if made.GetStartedAt() == nil {
 		started = time.Now()
 	}
-	return f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
+	var latest db.Sandbox
+	err = f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
 		_, err := tx.FinishCreate(ctx, db.FinishCreateParams{ID: row.ID, OperationID: row.OperationID, Revision: int64(made.GetRevision()), StartedAt: &started})
-		if err != nil {
-			return ignoreNotFound(err) // another replica was quicker
+		if store.IsNotFound(err) { // another replica was quicker, or its owner does not want it any more
+			latest, err = tx.SandboxByID(ctx, row.ID)
+			return err
+		} else if err != nil {
+			return err
 		}
 		return event(ctx, tx, "sandbox.running", &row.TeamID, row.ID, map[string]any{"host_id": row.HostID})
 	})
+	if err != nil || latest.DeletedAt == nil && latest.Status != string(wrenn.SandboxDeleting) {
+		return err
+	}
+	// The host may have been asked to delete it before it was asked to make it.
+	if err := f.remove(context.WithoutCancel(ctx), row, 0); err != nil {
+		f.log.Info("a sandbox that was deleted while it was created is removed when its host is compared", "sandbox_id", row.ID, "error", err)
+	}
+	return deletedMeanwhile()
+}
+
+func deletedMeanwhile() error {
+	return wrenn.Errorf(wrenn.KindConflict, "the sandbox was deleted while it was being created")
 }
 
 // failCreate writes that a create failed and has the host remove what may be left of it.

@@ -61,9 +61,14 @@ func (f *Fleet) awaitCreate(ctx context.Context, row db.GetSandboxRow) (db.GetSa
 		case <-time.After(200 * time.Millisecond):
 		}
 		var err error
-		if row, err = f.Get(ctx, row.Sandbox.TeamID, row.Sandbox.ID); err != nil {
+		if row, err = f.Get(ctx, row.Sandbox.TeamID, row.Sandbox.ID); wrenn.KindOf(err) == wrenn.KindNotFound {
+			return row, deletedMeanwhile()
+		} else if err != nil {
 			return row, err
 		}
+	}
+	if row.Sandbox.Status == string(wrenn.SandboxDeleting) {
+		return row, deletedMeanwhile()
 	}
 	if row.Sandbox.Status == string(wrenn.SandboxError) {
 		return row, wrenn.Errorf(wrenn.KindAgentError, "the sandbox could not be created: %s", deref(row.Sandbox.Reason)).With("sandbox_id", row.Sandbox.ID)
@@ -93,37 +98,41 @@ func (f *Fleet) reserve(ctx context.Context, by Actor, teamID string, spec Spec)
 			f.stats.PlacementFailures.Add(1)
 			return db.Sandbox{}, wrenn.Errorf(wrenn.KindNoCapacity, "%s", reason)
 		}
-		row, ok, err := f.reserveOn(ctx, teamID, hostID, req, p)
-		if ok || err != nil {
+		row, now, err := f.reserveOn(ctx, teamID, hostID, req, p)
+		if row.ID != "" || err != nil {
 			return row, err
 		}
-		candidates = without(candidates, hostID) // it has filled up since we looked
+		candidates = append(without(candidates, hostID), now...) // as it is now, it does not fit any more
 	}
 }
 
-func (f *Fleet) reserveOn(ctx context.Context, teamID, hostID string, req Request, p db.InsertSandboxParams) (row db.Sandbox, ok bool, err error) {
+// reserveOn writes the row if the host still has room; else it gives the host as it is now, or nothing if
+// it is gone or offline.
+func (f *Fleet) reserveOn(ctx context.Context, teamID, hostID string, req Request, p db.InsertSandboxParams) (row db.Sandbox, now []Candidate, err error) {
 	err = f.store.Tx(ctx, func(tx store.Tx) error {
 		if _, err := lockHost(ctx, tx, nil, hostID); err != nil {
 			if wrenn.KindOf(err) == wrenn.KindNotFound {
-				return nil // deleted since we looked
+				return nil
 			}
 			return err
 		}
-		now, err := tx.Team(teamID).PlacementHosts(ctx, req.Template, &hostID)
+		rows, err := tx.Team(teamID).PlacementHosts(ctx, req.Template, &hostID)
 		if err != nil {
 			return err
 		}
-		if id, _ := Place(req, f.candidates(now)); id == "" {
+		now = f.candidates(rows)
+		if id, _ := Place(req, now); id == "" {
 			return nil
 		}
 		p.HostID = hostID
-		if row, err = tx.Team(teamID).InsertSandbox(ctx, p); err != nil {
+		if row, err = tx.Team(teamID).InsertSandbox(ctx, p); store.IsNotFound(err) {
+			return wrenn.Errorf(wrenn.KindConflict, "this create was repeated while it was under way, or its sandbox was deleted since")
+		} else if err != nil {
 			return err
 		}
-		ok = true
 		return event(ctx, tx, "sandbox.creating", &teamID, row.ID, map[string]any{"host_id": hostID, "template": row.Template})
 	})
-	return row, ok, err
+	return row, now, err
 }
 
 func (f *Fleet) insertParams(by Actor, spec Spec, tpl db.Template) (db.InsertSandboxParams, Request, error) {
@@ -241,7 +250,8 @@ func (f *Fleet) Delete(ctx context.Context, by Actor, teamID, id string) (gone b
 		return event(ctx, tx, "sandbox.deleting", &teamID, id, nil)
 	})
 	if store.IsNotFound(err) {
-		return f.whyNotDeleted(ctx, teamID, id)
+		_, err := f.Get(ctx, teamID, id) // if it is there, somebody else is at it
+		return false, err
 	} else if err != nil {
 		return false, err
 	}
@@ -251,18 +261,6 @@ func (f *Fleet) Delete(ctx context.Context, by Actor, teamID, id string) (gone b
 		return false, f.store.ReleaseWork(ctx, db.ReleaseWorkParams{ID: id, OperationID: row.OperationID, Delay: f.times.ReconcileEvery})
 	}
 	return err == nil, err
-}
-
-func (f *Fleet) whyNotDeleted(ctx context.Context, teamID, id string) (bool, error) {
-	row, err := f.Get(ctx, teamID, id)
-	if err != nil {
-		return false, err
-	}
-	if row.Sandbox.Status == string(wrenn.SandboxDeleting) {
-		return false, nil // somebody else is at it
-	}
-	return false, wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is %s; wait until that is over and delete it then", row.Sandbox.Status).
-		With("status", row.Sandbox.Status)
 }
 
 // Touch counts as activity of a running sandbox.

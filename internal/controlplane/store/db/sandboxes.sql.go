@@ -32,6 +32,7 @@ const applyReport = `-- name: ApplyReport :one
 UPDATE sandboxes SET status = $1, reason = $2, revision = $3,
     last_active_at = greatest(last_active_at, $4), missing_since = NULL, updated_at = now()
 WHERE id = $5 AND host_id = $6 AND deleted_at IS NULL AND status = $7 AND revision < $3
+  AND status IN ('running', 'pausing', 'paused', 'resuming') -- a create or delete that was decided is not taken back
 RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at
 `
 

@@ -15,7 +15,7 @@ const beginDelete = `-- name: BeginDelete :one
 UPDATE sandboxes SET status = 'deleting', operation_id = $1, operation_until = now() + $2::interval,
     create_env = NULL, updated_at = now()
 WHERE team_id = $3 AND id = $4 AND deleted_at IS NULL
-  AND (status IN ('running', 'paused', 'error') OR (status IN ('creating', 'deleting') AND operation_until < now()))
+  AND (status <> 'deleting' OR operation_until < now())
 RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at
 `
 
@@ -26,7 +26,7 @@ type BeginDeleteParams struct {
 	ID          string
 }
 
-// Decides the end of a sandbox. A create that still runs is not interrupted: the caller asks again.
+// Decides the end of a sandbox, whatever is done to it now: its host does one thing after the other.
 func (q *Queries) BeginDelete(ctx context.Context, arg BeginDeleteParams) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, beginDelete,
 		arg.OperationID,
@@ -208,6 +208,7 @@ INSERT INTO sandboxes (id, team_id, host_id, name, status, template, default_use
     timeout_sec, on_timeout, metadata, create_env, operation_id, operation_until, created_by)
 VALUES ($1, $2, $3, $4, 'creating', $5, $6, $7, $8, $9,
     $10, $11, $12, $13, $14, now() + $15::interval, $16)
+ON CONFLICT (id) DO NOTHING
 RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at
 `
 

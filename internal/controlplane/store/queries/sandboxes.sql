@@ -54,6 +54,7 @@ SELECT * FROM sandboxes WHERE (host_id = @host_id AND deleted_at IS NULL) OR id 
 UPDATE sandboxes SET status = @status, reason = sqlc.narg('reason'), revision = @revision,
     last_active_at = greatest(last_active_at, sqlc.narg('last_active_at')), missing_since = NULL, updated_at = now()
 WHERE id = @id AND host_id = @host_id AND deleted_at IS NULL AND status = @former_status AND revision < @revision
+  AND status IN ('running', 'pausing', 'paused', 'resuming') -- a create or delete that was decided is not taken back
 RETURNING *;
 
 -- name: ApplyActivity :exec

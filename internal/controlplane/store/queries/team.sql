@@ -50,6 +50,7 @@ INSERT INTO sandboxes (id, team_id, host_id, name, status, template, default_use
     timeout_sec, on_timeout, metadata, create_env, operation_id, operation_until, created_by)
 VALUES (@id, @team_id, @host_id, @name, 'creating', @template, @default_user, @vcpus, @memory_mb, @disk_mb,
     @timeout_sec, @on_timeout, @metadata, @create_env, @operation_id, now() + @lease::interval, @created_by)
+ON CONFLICT (id) DO NOTHING
 RETURNING *;
 
 -- name: GetSandbox :one
@@ -86,9 +87,9 @@ UPDATE sandboxes SET timeout_sec = @timeout_sec, on_timeout = coalesce(sqlc.narg
 WHERE team_id = @team_id AND id = @id AND deleted_at IS NULL AND status <> 'deleting';
 
 -- name: BeginDelete :one
--- Decides the end of a sandbox. A create that still runs is not interrupted: the caller asks again.
+-- Decides the end of a sandbox, whatever is done to it now: its host does one thing after the other.
 UPDATE sandboxes SET status = 'deleting', operation_id = @operation_id, operation_until = now() + @lease::interval,
     create_env = NULL, updated_at = now()
 WHERE team_id = @team_id AND id = @id AND deleted_at IS NULL
-  AND (status IN ('running', 'paused', 'error') OR (status IN ('creating', 'deleting') AND operation_until < now()))
+  AND (status <> 'deleting' OR operation_until < now())
 RETURNING *;
