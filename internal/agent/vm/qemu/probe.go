@@ -254,8 +254,8 @@ func bootWithKVM(ctx context.Context, opts ProbeOptions, binary string) (console
 		return nil, "", err
 	}
 	p, err := vmproc.Launch(vmproc.Spec{
-		Path: binary, Args: args, Files: inherit.list, Stderr: stderr, Dir: dir,
-		UID: nobody, GID: nobody, Devices: []string{opts.device},
+		Path: binary, Args: args, Files: inherit.list, Stderr: stderr,
+		UID: nobody, GID: nobody, Jail: jail(dir, binary, opts.device),
 	})
 	inherit.close()
 	if err != nil {

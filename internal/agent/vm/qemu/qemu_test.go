@@ -6,8 +6,10 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -261,6 +263,17 @@ func (l *lab) confined(t *testing.T, cfg vm.Config, h vm.Handle) {
 	}
 	if err := unix.Stat(cfg.Net.NetnsPath, &slot); err != nil || ns.Ino != slot.Ino {
 		t.Errorf("network namespace %d, want %d, %v", ns.Ino, slot.Ino, err)
+	}
+	for _, which := range []string{"pid", "mnt", "ipc"} {
+		var own unix.Stat_t
+		if err := errors.Join(unix.Stat(proc+"ns/"+which, &ns), unix.Stat("/proc/self/ns/"+which, &own)); err != nil || ns.Ino == own.Ino {
+			t.Errorf("%s namespace is the host's, %v", which, err)
+		}
+	}
+	for _, secret := range []string{"/etc/passwd", "/root", "/tmp", "/run", "/var", "/sys", "/usr/bin/env", "/proc/sys", cfg.Dir} {
+		if _, err := os.Stat(proc + "root" + secret); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("the jail has %s: %v", secret, err)
+		}
 	}
 	l.descriptors(t, proc, cfg)
 	l.limited(t, cfg, h)

@@ -107,12 +107,14 @@ func (s *starting) run(ctx context.Context) (vm.Handle, error) {
 		s.inherit.close()
 		return vm.Handle{}, err
 	}
+	kvm := ""
+	if o.kvm {
+		kvm = "/dev/kvm"
+	}
 	spec := vmproc.Spec{
 		Path: s.driver.verdict.Binary, Args: o.arguments(), Files: s.inherit.list, Stderr: s.stderr,
-		UID: s.cfg.UID, GID: s.cfg.GID, NetnsPath: s.cfg.Net.NetnsPath, Cgroup: s.cgroup, Dir: s.cfg.Dir,
-	}
-	if o.kvm {
-		spec.Devices = []string{"/dev/kvm"}
+		UID: s.cfg.UID, GID: s.cfg.GID, NetnsPath: s.cfg.Net.NetnsPath, Cgroup: s.cgroup,
+		Jail: jail(s.cfg.Dir, s.driver.verdict.Binary, kvm),
 	}
 	s.proc, err = vmproc.Launch(spec)
 	// From now on the sockets listen only as long as QEMU lives, so nobody waits for a dead one.

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"syscall"
@@ -23,14 +22,13 @@ type Spec struct {
 	Path  string     // of the program, absolute
 	Args  []string   // without the program's name
 	Files []*os.File // become descriptors 3, 4, … of the process; nothing else is inherited
-	// Stderr may be nil: /dev/null. Standard input and output always are.
-	Stderr *os.File
+	// Stdout and Stderr may be nil: /dev/null. Standard input always is.
+	Stdout, Stderr *os.File
 
 	UID, GID  int
-	NetnsPath string   // network namespace to run in
-	Cgroup    *Cgroup  // joined before the program's first instruction; nil for none (probe)
-	Devices   []string // host devices that UID may use, such as /dev/kvm, by nodes in a private mount namespace
-	Dir       string   // a directory of the process's own, where Devices need to mount something
+	NetnsPath string  // network namespace to run in
+	Cgroup    *Cgroup // joined before the program's first instruction; nil for none (probe)
+	Jail      *Jail   // nil: the host's root (tests)
 }
 
 // maxFiles bounds the descriptors of a VMM: its own files, eventfds and worker threads.
@@ -42,13 +40,18 @@ const maxFiles = 1024
 // bounding set: all of them are attributes of a thread), forks it and is thrown away. This costs
 // no second program start, and the child never runs an instruction outside its confinement.
 func Launch(spec Spec) (*Process, error) {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0) // the jail has none
+	if err != nil {
+		return nil, err
+	}
+	defer null.Close()
 	var proc *os.Process
-	err := onThrowawayThread(func() error {
+	err = onThrowawayThread(func() error {
 		attr, err := prepareThread(spec)
 		if err != nil {
 			return err
 		}
-		proc, err = start(spec, attr)
+		proc, err = start(spec, attr, null)
 		if attr.UseCgroupFD {
 			unix.Close(attr.CgroupFD)
 		}
@@ -88,14 +91,10 @@ func onThrowawayThread(fn func() error) error {
 }
 
 func prepareThread(spec Spec) (*syscall.SysProcAttr, error) {
-	attr := &syscall.SysProcAttr{Setsid: true}
+	// The first process of a pid namespace: it sees no other process, and none that it might start outlives it.
+	attr := &syscall.SysProcAttr{Setsid: true, Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWIPC}
 	if spec.NetnsPath != "" {
 		if err := enterNetns(spec.NetnsPath); err != nil {
-			return nil, err
-		}
-	}
-	if len(spec.Devices) > 0 {
-		if err := privateDevices(spec); err != nil {
 			return nil, err
 		}
 	}
@@ -104,19 +103,41 @@ func prepareThread(spec Spec) (*syscall.SysProcAttr, error) {
 			return nil, err
 		}
 	}
+	byProgram := spec.Jail != nil && spec.Jail.ByProgram
+	if spec.Jail != nil {
+		if err := spec.Jail.build(spec.UID, spec.GID); err != nil {
+			return nil, fmt.Errorf("build the jail: %w", err)
+		}
+	}
 	// A root that no longer can gain anything: only tests and probes run a VMM as root.
 	if spec.UID != 0 || spec.GID != 0 {
-		attr.Credential = &syscall.Credential{Uid: uint32(spec.UID), Gid: uint32(spec.GID)}
-		for c := uintptr(0); c <= unix.CAP_LAST_CAP; c++ {
-			if err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0); err != nil && !errors.Is(err, unix.EINVAL) {
-				return nil, fmt.Errorf("drop capability %d: %w", c, err)
-			}
+		var keep []uintptr
+		if byProgram {
+			keep = launcherCaps()
+		} else {
+			attr.Credential = &syscall.Credential{Uid: uint32(spec.UID), Gid: uint32(spec.GID)}
+		}
+		if err := dropCapabilities(keep); err != nil {
+			return nil, err
 		}
 	}
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return nil, fmt.Errorf("set no_new_privs: %w", err)
 	}
 	return attr, nil
+}
+
+// dropCapabilities takes all but these from what a program started by this thread may ever have.
+func dropCapabilities(keep []uintptr) error {
+	for c := uintptr(0); c <= unix.CAP_LAST_CAP; c++ {
+		if slices.Contains(keep, c) {
+			continue
+		}
+		if err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0); err != nil && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("drop capability %d: %w", c, err)
+		}
+	}
+	return nil
 }
 
 func enterNetns(path string) error {
@@ -131,44 +152,11 @@ func enterNetns(path string) error {
 	return nil
 }
 
-// privateDevices gives the process nodes of its own for the devices, in a mount namespace of its own: the
-// host's nodes belong to root or a group, and nobody shall have to change that.
-func privateDevices(spec Spec) error {
-	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-		return fmt.Errorf("unshare mounts: %w", err)
+func start(spec Spec, attr *syscall.SysProcAttr, null *os.File) (*os.Process, error) {
+	stdout, stderr := spec.Stdout, spec.Stderr
+	if stdout == nil {
+		stdout = null
 	}
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("make mounts private: %w", err)
-	}
-	if err := unix.Mount("wrenn", spec.Dir, "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC, "size=64k,mode=0711"); err != nil {
-		return fmt.Errorf("mount %s: %w", spec.Dir, err)
-	}
-	for _, dev := range spec.Devices {
-		var st unix.Stat_t
-		if err := unix.Stat(dev, &st); err != nil {
-			return fmt.Errorf("device %s: %w", dev, err)
-		}
-		node := filepath.Join(spec.Dir, filepath.Base(dev))
-		if err := unix.Mknod(node, unix.S_IFCHR|0o600, int(st.Rdev)); err != nil {
-			return fmt.Errorf("make %s: %w", node, err)
-		}
-		if err := unix.Chown(node, spec.UID, spec.GID); err != nil {
-			return fmt.Errorf("chown %s: %w", node, err)
-		}
-		if err := unix.Mount(node, dev, "", unix.MS_BIND, ""); err != nil {
-			return fmt.Errorf("bind %s: %w", dev, err)
-		}
-	}
-	return nil
-}
-
-func start(spec Spec, attr *syscall.SysProcAttr) (*os.Process, error) {
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer null.Close()
-	stderr := spec.Stderr
 	if stderr == nil {
 		stderr = null
 	}
@@ -179,7 +167,7 @@ func start(spec Spec, attr *syscall.SysProcAttr) (*os.Process, error) {
 	return os.StartProcess(spec.Path, slices.Concat([]string{spec.Path}, spec.Args), &os.ProcAttr{
 		Dir:   "/",
 		Env:   []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
-		Files: slices.Concat([]*os.File{null, null, stderr}, spec.Files),
+		Files: slices.Concat([]*os.File{null, stdout, stderr}, spec.Files),
 		Sys:   attr,
 	})
 }
