@@ -46,7 +46,7 @@ func (s *starting) openMemory(ctx context.Context, o *opened) error {
 	if s.cfg.SharedMemory && s.cfg.Restore != nil {
 		shared, err := s.driver.shared.open(ctx, s.cfg.Restore.Memory)
 		if err != nil {
-			return fileError(err, "the snapshot's memory")
+			return vm.FileError(err, "the snapshot's memory")
 		}
 		o.memory = s.inherit.add(shared)
 		s.mapped, err = inode(shared)
@@ -75,12 +75,12 @@ func (s *starting) ownMemory(ctx context.Context) (*os.File, error) {
 	s.madeMemory = absent
 	f, err := os.OpenFile(path, flags, 0o600)
 	if err != nil {
-		return nil, fileError(err, "the memory file")
+		return nil, vm.FileError(err, "the memory file")
 	}
 	if s.cfg.Restore == nil {
 		if err := f.Truncate(int64(s.cfg.MemoryMB) << 20); err != nil {
 			f.Close()
-			return nil, fileError(err, "the memory file")
+			return nil, vm.FileError(err, "the memory file")
 		}
 	}
 	return f, nil
@@ -208,7 +208,7 @@ func copyData(ctx context.Context, dst, src *os.File, size int64) error {
 func saveMemory(ctx context.Context, h vm.Handle, dst string) error {
 	f, err := os.OpenFile(dst, os.O_RDWR, 0)
 	if err != nil {
-		return fileError(err, "the memory file")
+		return vm.FileError(err, "the memory file")
 	}
 	defer f.Close()
 	parts, err := mappings(h.PID, h.Mapped)
@@ -226,7 +226,7 @@ func saveMemory(ctx context.Context, h vm.Handle, dst string) error {
 	defer c.mem.Close()
 	for _, part := range parts {
 		if err := c.copy(ctx, part); err != nil {
-			return fileError(err, "the memory file")
+			return vm.FileError(err, "the memory file")
 		}
 	}
 	return nil

@@ -3,7 +3,6 @@
 package qemu
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -21,17 +20,15 @@ import (
 	"github.com/wrenn-sandbox/wrenn/internal/agent/netns"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/kernel"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmproc"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
-
-// stderrLimit bounds what is kept of QEMU's own messages, some of which a guest can provoke.
-const stderrLimit = 64 << 10
 
 // open opens everything that the VM consists of.
 func (s *starting) open(ctx context.Context) (opened, error) {
 	o := opened{cfg: s.cfg, kvm: s.driver.verdict.KVM, tscKHz: s.driver.verdict.TSCkHz, kernel: -1, initrd: -1, tap: -1, state: -1}
 	var err error
-	if s.stderr, err = boundedFile("qemu-stderr", stderrLimit); err != nil {
+	if s.stderr, err = vmproc.BoundedFile("qemu-stderr", vmproc.WordsLimit); err != nil {
 		return o, err
 	}
 	if err := s.openSockets(&o); err != nil {
@@ -140,14 +137,14 @@ func (s *starting) openKernel(ctx context.Context, o *opened) error {
 	}
 	f, err := openReadable(path)
 	if err != nil {
-		return fileError(err, "the kernel")
+		return vm.FileError(err, "the kernel")
 	}
 	o.kernel = s.inherit.add(f)
 	if s.cfg.Initrd == "" {
 		return nil
 	}
 	if f, err = openReadable(s.cfg.Initrd); err != nil {
-		return fileError(err, "the initramfs")
+		return vm.FileError(err, "the initramfs")
 	}
 	o.initrd = s.inherit.add(f)
 	return nil
@@ -183,7 +180,7 @@ func openDisk(disk vm.Disk) (*os.File, error) {
 		flags = os.O_RDONLY
 	}
 	f, err := os.OpenFile(disk.Path, flags, 0)
-	return f, fileError(err, "the disk")
+	return f, vm.FileError(err, "the disk")
 }
 
 // openTAP attaches to the TAP inside its namespace.
@@ -209,43 +206,4 @@ func openTAP(n vm.Net) (*os.File, error) {
 		return nil, fmt.Errorf("open %s: %w", n.TAP, err)
 	}
 	return f, nil
-}
-
-// boundedFile is a file in memory that cannot grow over its size, whoever writes to it.
-func boundedFile(name string, size int64) (*os.File, error) {
-	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
-	if err != nil {
-		return nil, err
-	}
-	f := os.NewFile(uintptr(fd), name)
-	if err = f.Truncate(size); err == nil {
-		_, err = unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_GROW|unix.F_SEAL_SHRINK|unix.F_SEAL_SEAL)
-	}
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
-	return f, nil
-}
-
-// lastWords is what was written to a boundedFile.
-func lastWords(f *os.File) string {
-	if f == nil {
-		return ""
-	}
-	b := make([]byte, stderrLimit)
-	n, _ := f.ReadAt(b, 0)
-	return string(bytes.TrimSpace(bytes.TrimRight(b[:n], "\x00")))
-}
-
-func fileError(err error, what string) error {
-	switch {
-	case err == nil:
-		return nil
-	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT), errors.Is(err, unix.EFBIG):
-		return wrenn.Wrap(err, wrenn.KindDiskFull, "the host's disk is full; delete sandboxes or snapshots, or add disk")
-	case errors.Is(err, fs.ErrNotExist):
-		return wrenn.Wrap(err, wrenn.KindInvalidRequest, "%s of the VM does not exist", what)
-	}
-	return wrenn.Wrap(err, wrenn.KindInternal, "cannot open %s of the VM", what)
 }

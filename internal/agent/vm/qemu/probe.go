@@ -5,12 +5,8 @@ package qemu
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -21,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/probe"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmproc"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
@@ -54,13 +51,6 @@ const (
 	probeOutput    = 256 << 10
 )
 
-// booted are lines that only a kernel prints which set up memory, interrupts and timers, and came to
-// starting user space.
-func booted(console []byte) bool {
-	return bytes.Contains(console, []byte("as init process")) ||
-		bytes.Contains(console, []byte("VFS: Unable to mount root"))
-}
-
 // Probe finds QEMU and tells whether our kernel boots on it with KVM, by booting it: a /dev/kvm that opens
 // proves nothing (it may be a paravirtual one that runs special kernels only). Its error means that no
 // VM can be run on this host at all.
@@ -78,11 +68,11 @@ func Probe(ctx context.Context, opts ProbeOptions) (Verdict, error) {
 	if err != nil {
 		return Verdict{}, err
 	}
-	key, err := probeKey(opts, v)
+	key, err := probe.Key(opts.device, []string{opts.Kernel, opts.Initrd}, v.Binary, v.Version)
 	if err != nil {
 		return Verdict{}, err
 	}
-	if cached, ok := readVerdict(opts.CacheFile, key); ok {
+	if cached, ok := probe.Cached[Verdict](opts.CacheFile, key); ok {
 		return cached, nil
 	}
 	var settled bool
@@ -94,7 +84,7 @@ func Probe(ctx context.Context, opts ProbeOptions) (Verdict, error) {
 	if !settled {
 		return v, nil
 	}
-	if err := writeVerdict(opts.CacheFile, key, v); err != nil {
+	if err := probe.Keep(opts.CacheFile, key, v); err != nil {
 		opts.Log.Warn("cannot keep the verdict on KVM; the next start probes again", "err", err)
 	}
 	return v, nil
@@ -130,85 +120,11 @@ func findQEMU(ctx context.Context, binary string) (Verdict, error) {
 	return Verdict{Binary: path, Version: string(found[1])}, nil
 }
 
-// probeKey names everything that a verdict depends on.
-func probeKey(opts ProbeOptions, v Verdict) (string, error) {
-	sum := sha256.New()
-	for _, path := range []string{opts.Kernel, opts.Initrd} {
-		if path == "" {
-			continue
-		}
-		if err := hashFile(sum, path); err != nil {
-			return "", wrenn.Wrap(err, wrenn.KindInvalidRequest, "cannot read %s; set AGENT_KERNEL_PATH (and AGENT_INITRD_PATH) to a guest kernel", path)
-		}
-	}
-	host, err := os.ReadFile("/proc/sys/kernel/osrelease")
-	if err != nil {
-		return "", wrenn.Wrap(err, wrenn.KindInternal, "cannot tell the host's kernel")
-	}
-	fmt.Fprintf(sum, "%s %s %s %s", v.Binary, v.Version, host, hostCPU())
-	// The device may come and go, or change its owner, without the host being started again.
-	fmt.Fprint(sum, openDevice(opts.device))
-	return hex.EncodeToString(sum.Sum(nil)), nil
-}
-
-func hashFile(w io.Writer, path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	_, err = io.Copy(w, f)
-	return err
-}
-
-func openDevice(path string) error {
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	return f.Close()
-}
-
-type cachedVerdict struct {
-	Key     string  `json:"key"`
-	Verdict Verdict `json:"verdict"`
-}
-
-func readVerdict(path, key string) (Verdict, bool) {
-	if path == "" {
-		return Verdict{}, false
-	}
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return Verdict{}, false
-	}
-	var c cachedVerdict
-	if json.Unmarshal(b, &c) != nil || c.Key != key {
-		return Verdict{}, false
-	}
-	return c.Verdict, true
-}
-
-func writeVerdict(path, key string, v Verdict) error {
-	if path == "" {
-		return nil
-	}
-	b, err := json.MarshalIndent(cachedVerdict{key, v}, "", "  ")
-	if err != nil {
-		return err
-	}
-	tmp := path + ".new"
-	if err := os.WriteFile(tmp, append(b, '\n'), 0o600); err != nil {
-		return err
-	}
-	return os.Rename(tmp, path)
-}
-
 // tryKVM boots the kernel with KVM and reads its console. What did not come to a boot for reasons of our
 // own is not settled, and is tried again by the next start.
 func tryKVM(ctx context.Context, opts ProbeOptions, binary string) (ok, settled bool, reason string) {
 	const emulated = "VMs are emulated, which is slow"
-	if err := openDevice(opts.device); err != nil {
+	if err := probe.OpenDevice(opts.device); err != nil {
 		return false, true, fmt.Sprintf("no KVM: %v; %s", err, emulated)
 	}
 	ctx, cancel := context.WithTimeout(ctx, opts.Timeout)
@@ -218,7 +134,7 @@ func tryKVM(ctx context.Context, opts ProbeOptions, binary string) (ok, settled 
 	timedOut := errors.Is(err, context.DeadlineExceeded)
 	silent := !bytes.Contains(console, []byte("Linux version"))
 	switch {
-	case booted(console):
+	case probe.Booted(console):
 		return true, true, fmt.Sprintf("our kernel booted with KVM in %d ms", time.Since(begun).Milliseconds())
 	case timedOut && silent:
 		return false, true, fmt.Sprintf("%s opens, but our kernel printed nothing in %s (the vCPU spins: a paravirtual or broken KVM); %s", opts.device, opts.Timeout, emulated)
@@ -242,7 +158,7 @@ func bootWithKVM(ctx context.Context, opts ProbeOptions, binary string) (console
 		return nil, "", err
 	}
 	defer out.Close()
-	stderr, err := boundedFile("qemu-stderr", stderrLimit)
+	stderr, err := vmproc.BoundedFile("qemu-stderr", vmproc.WordsLimit)
 	if err != nil {
 		in.Close()
 		return nil, "", err
@@ -262,8 +178,8 @@ func bootWithKVM(ctx context.Context, opts ProbeOptions, binary string) (console
 		return nil, "", err
 	}
 	defer func() { err = errors.Join(err, p.Kill(context.Background()), p.Reap()) }()
-	console, err = readUntil(ctx, out, booted)
-	return console, lastWords(stderr), err
+	console, err = readUntil(ctx, out, probe.Booted)
+	return console, vmproc.LastWords(stderr), err
 }
 
 func socketPair() (ours, theirs *os.File, err error) {

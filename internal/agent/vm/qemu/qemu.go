@@ -11,14 +11,12 @@ package qemu
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
-	"os"
 	"runtime"
-	"strings"
 	"sync"
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/probe"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmproc"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
@@ -67,25 +65,9 @@ func New(verdict Verdict, opts Options) *Driver {
 		Arch: runtime.GOARCH,
 	}
 	if verdict.KVM {
-		d.caps.Acceleration, d.caps.CPUModel = "kvm", hostCPU()
+		d.caps.Acceleration, d.caps.CPUModel = "kvm", probe.HostCPU()
 	}
 	return d
-}
-
-// hostCPU names the CPU that a snapshot taken with KVM is bound to.
-func hostCPU() string {
-	b, err := os.ReadFile("/proc/cpuinfo")
-	if err != nil {
-		return "host:unknown"
-	}
-	first, _, _ := strings.Cut(string(b), "\n\n")
-	value := map[string]string{}
-	for line := range strings.Lines(first) {
-		if k, v, ok := strings.Cut(line, ":"); ok {
-			value[strings.TrimSpace(k)] = strings.TrimSpace(v)
-		}
-	}
-	return fmt.Sprintf("host:%s-%s-%s", value["vendor_id"], value["cpu family"], value["model"])
 }
 
 // Capabilities implements vm.Driver.
@@ -145,32 +127,10 @@ func (d *Driver) Destroy(ctx context.Context, h vm.Handle) error {
 		}
 		return wrenn.Wrap(err, wrenn.KindInternal, "cannot end the VM")
 	}
-	if err := d.removeCgroup(h.Cgroup, h.PID); err != nil {
+	if err := vmproc.RemoveCgroup(d.opts.CgroupParent, h.Cgroup, h.PID); err != nil {
 		return wrenn.Wrap(err, wrenn.KindInternal, "cannot clean up after the VM")
 	}
 	return removeSockets(h.Socket)
-}
-
-// removeCgroup leaves a cgroup alone that a later VM of the same name lives in.
-func (d *Driver) removeCgroup(name string, pid int) error {
-	if name == "" {
-		return nil
-	}
-	hierarchy, err := vmproc.FindHierarchy()
-	if err != nil {
-		return err
-	}
-	cgroup := hierarchy.Cgroup(d.opts.CgroupParent, name)
-	pids, err := cgroup.PIDs()
-	if err != nil {
-		return err
-	}
-	for _, p := range pids {
-		if p != pid {
-			return nil
-		}
-	}
-	return cgroup.Remove()
 }
 
 // talk connects to a VM's monitor and turns what goes wrong into the contract's errors.

@@ -75,7 +75,7 @@ func (d *Driver) Snapshot(ctx context.Context, h vm.Handle, dst vm.SnapshotFiles
 func (d *Driver) snapshot(ctx context.Context, m *monitor, h vm.Handle, dst vm.SnapshotFiles) (err error) {
 	state, err := os.CreateTemp(filepath.Dir(dst.State), ".state-*")
 	if err != nil {
-		return fileError(err, "the snapshot")
+		return vm.FileError(err, "the snapshot")
 	}
 	memory := h.Memory
 	defer func() {
@@ -89,7 +89,7 @@ func (d *Driver) snapshot(ctx context.Context, m *monitor, h vm.Handle, dst vm.S
 		}
 	}()
 	if err := d.writeState(ctx, m, h, state); err != nil {
-		return fileError(err, "the snapshot")
+		return vm.FileError(err, "the snapshot")
 	}
 	if filepath.Clean(dst.Memory) != filepath.Clean(h.Memory) {
 		memory = filepath.Join(filepath.Dir(dst.Memory), filepath.Base(state.Name())+".memory")
@@ -102,11 +102,11 @@ func (d *Driver) snapshot(ctx context.Context, m *monitor, h vm.Handle, dst vm.S
 	}
 	if memory != h.Memory {
 		if err := os.Rename(memory, dst.Memory); err != nil {
-			return fileError(err, "the snapshot")
+			return vm.FileError(err, "the snapshot")
 		}
 		memory = dst.Memory
 	}
-	return fileError(os.Rename(state.Name(), dst.State), "the snapshot")
+	return vm.FileError(os.Rename(state.Name(), dst.State), "the snapshot")
 }
 
 // QEMU's migration stream (migration/savevm.c, docs/devel/migration.rst): a header, the sections of the
@@ -197,7 +197,7 @@ func (m *monitor) load(ctx context.Context, fd int) error {
 func (s *starting) openState(o *opened) error {
 	f, err := os.Open(s.cfg.Restore.State)
 	if err != nil {
-		return fileError(err, "the snapshot's state")
+		return vm.FileError(err, "the snapshot's state")
 	}
 	o.state = s.inherit.add(f)
 	b := make([]byte, headerLimit)

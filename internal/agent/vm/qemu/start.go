@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
-	"strings"
 	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
@@ -27,14 +25,9 @@ const (
 	startTimeout     = 30 * time.Second
 )
 
-var (
-	validName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$`)
-	validMAC  = regexp.MustCompile(`^[0-9a-f]{2}(:[0-9a-f]{2}){5}$`)
-)
-
 // Start implements vm.Driver.
 func (d *Driver) Start(ctx context.Context, cfg vm.Config) (vm.Handle, error) {
-	if err := check(cfg); err != nil {
+	if err := cfg.Check(); err != nil {
 		return vm.Handle{}, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
@@ -53,36 +46,6 @@ func (d *Driver) Start(ctx context.Context, cfg vm.Config) (vm.Handle, error) {
 	return h, nil
 }
 
-func check(cfg vm.Config) error {
-	bad := func(format string, args ...any) error {
-		return wrenn.Errorf(wrenn.KindInvalidRequest, format, args...)
-	}
-	switch {
-	case !validName.MatchString(cfg.ID):
-		return bad("VM id %q is not a name", cfg.ID)
-	case !validName.MatchString(cfg.Cgroup):
-		return bad("cgroup %q is not a name", cfg.Cgroup)
-	case cfg.VCPUs < 1 || cfg.VCPUs > wrenn.MaxVCPUs:
-		return bad("vcpus must be 1 to %d, not %d", wrenn.MaxVCPUs, cfg.VCPUs)
-	case cfg.MemoryMB < wrenn.MinMemoryMB || cfg.MemoryMB > wrenn.MaxMemoryMB:
-		return bad("memory_mb must be %d to %d, not %d", wrenn.MinMemoryMB, wrenn.MaxMemoryMB, cfg.MemoryMB)
-	case cfg.Restore == nil && cfg.Kernel == "":
-		return bad("a cold start needs a kernel")
-	case len(cfg.Disks) > 8:
-		return bad("at most 8 disks, not %d", len(cfg.Disks))
-	case strings.ContainsAny(cfg.Cmdline, "\n\x00") || len(cfg.Cmdline) > 1500:
-		return bad("the kernel command line must be one line of at most 1500 characters")
-	case (cfg.Net.TAP != "" || cfg.Net.MAC != "") && !validMAC.MatchString(cfg.Net.MAC):
-		return bad("MAC address %q is not lower-case hex", cfg.Net.MAC)
-	}
-	for _, path := range []string{cfg.Dir, cfg.MemoryFile} {
-		if !filepath.IsAbs(path) {
-			return bad("path %q must be absolute", path)
-		}
-	}
-	return nil
-}
-
 // starting is one Start under way, and what it must undo if it fails.
 type starting struct {
 	driver *Driver
@@ -99,7 +62,8 @@ type starting struct {
 }
 
 func (s *starting) run(ctx context.Context) (vm.Handle, error) {
-	if err := s.makeCgroup(); err != nil {
+	var err error
+	if s.cgroup, err = vmproc.NewCgroup(s.driver.opts.CgroupParent, s.cfg.Cgroup, s.driver.limits(s.cfg)); err != nil {
 		return vm.Handle{}, err
 	}
 	o, err := s.open(ctx)
@@ -131,27 +95,6 @@ func (s *starting) run(ctx context.Context) (vm.Handle, error) {
 		VCPUs: s.cfg.VCPUs, Disks: len(s.cfg.Disks), Console: s.cfg.Console,
 		Cgroup: s.cfg.Cgroup, StartedAt: time.Now().UTC(),
 	}, nil
-}
-
-func (s *starting) makeCgroup() error {
-	hierarchy, err := vmproc.FindHierarchy()
-	if err != nil {
-		return wrenn.Wrap(err, wrenn.KindInternal, "this host has no cgroups for cpu, memory and pids; mount them")
-	}
-	cgroup := hierarchy.Cgroup(s.driver.opts.CgroupParent, s.cfg.Cgroup)
-	pids, err := cgroup.PIDs()
-	if err != nil {
-		return err
-	}
-	if len(pids) > 0 {
-		return wrenn.Errorf(wrenn.KindInvalidState, "a VM of this name runs already; destroy it first")
-	}
-	s.cgroup = cgroup
-	// An empty one that a crash left has the limits of another VM, and v1 does not let all be raised in place.
-	if err := cgroup.Remove(); err != nil {
-		return err
-	}
-	return cgroup.Ensure(s.driver.limits(s.cfg))
 }
 
 func (d *Driver) limits(cfg vm.Config) vmproc.Limits {
@@ -211,7 +154,7 @@ func (s *starting) public(ctx context.Context, err error) error {
 	if errors.As(err, &public) {
 		return err
 	}
-	if words := lastWords(s.stderr); words != "" {
+	if words := vmproc.LastWords(s.stderr); words != "" {
 		err = fmt.Errorf("%w: %s", err, words)
 	}
 	if errors.Is(ctx.Err(), context.Canceled) {
@@ -246,7 +189,7 @@ func (d *Driver) attend(p *vmproc.Process, stderr *os.File, log string) {
 	if err := p.Reap(); err != nil {
 		d.opts.Log.Warn("cannot reap a VMM", "pid", p.PID, "err", err)
 	}
-	words := lastWords(stderr)
+	words := vmproc.LastWords(stderr)
 	if words == "" {
 		return
 	}

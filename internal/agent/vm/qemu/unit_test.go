@@ -3,8 +3,6 @@
 package qemu
 
 import (
-	"bytes"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -74,62 +72,6 @@ func TestSnapshotsFitTheSameMachineOnly(t *testing.T) {
 	other.Version = "10.0.2"
 	if !want.fits(want) || !close.fits(want) || far.fits(want) || other.fits(want) {
 		t.Errorf("fits: same %v, close clock %v, other clock %v, other version %v", want.fits(want), close.fits(want), far.fits(want), other.fits(want))
-	}
-}
-
-func TestConsoleLogKeepsTheEnd(t *testing.T) {
-	t.Parallel()
-	path := filepath.Join(t.TempDir(), "console.log")
-	if err := os.WriteFile(path, []byte("of an earlier life\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	log, err := openConsole(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer log.file.Close()
-	line := bytes.Repeat([]byte("x"), 999)
-	for i := range 3000 {
-		line[0] = byte('a' + i%26)
-		if err := log.append(append(line, '\n')); err != nil {
-			t.Fatal(err)
-		}
-		if i == 0 {
-			if b, _ := os.ReadFile(path); !bytes.HasPrefix(b, []byte("of an earlier life\n")) {
-				t.Error("what was there was not kept")
-			}
-		}
-		if fi, err := os.Stat(path); err != nil || fi.Size() > vm.ConsoleLimit {
-			t.Fatalf("%d bytes, %v", fi.Size(), err)
-		}
-	}
-	b, err := os.ReadFile(path)
-	if err != nil || len(b) < vm.ConsoleLimit/2-1000 || !bytes.HasSuffix(b, append(line, '\n')) {
-		t.Errorf("%d bytes are left, %v", len(b), err)
-	}
-	if len(b)%1000 != 0 {
-		t.Error("the log begins in the middle of a line")
-	}
-}
-
-func TestBoundedFileDoesNotGrow(t *testing.T) {
-	t.Parallel()
-	f, err := boundedFile("test", 100)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	if _, err := io.WriteString(f, "last words\n"); err != nil {
-		t.Fatal(err)
-	}
-	if got := lastWords(f); got != "last words" {
-		t.Errorf("%q", got)
-	}
-	if n, err := f.Write(make([]byte, 1000)); err == nil {
-		t.Errorf("wrote %d bytes to a file of 100", n)
-	}
-	if fi, err := f.Stat(); err != nil || fi.Size() != 100 {
-		t.Errorf("size %d, %v", fi.Size(), err)
 	}
 }
 

@@ -9,12 +9,15 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
 // Limits of a cgroup.
@@ -160,6 +163,45 @@ func (c *Cgroup) delegate() error {
 		next, _, _ := strings.Cut(rest, "/")
 		dir = filepath.Join(dir, next)
 	}
+}
+
+// NewCgroup makes the cgroup of a VM that is about to start. One that has a process is another VM's.
+func NewCgroup(parent, name string, l Limits) (*Cgroup, error) {
+	h, err := FindHierarchy()
+	if err != nil {
+		return nil, wrenn.Wrap(err, wrenn.KindInternal, "this host has no cgroups for cpu, memory and pids; mount them")
+	}
+	c := h.Cgroup(parent, name)
+	pids, err := c.PIDs()
+	if err != nil {
+		return nil, err
+	}
+	if len(pids) > 0 {
+		return nil, wrenn.Errorf(wrenn.KindInvalidState, "a VM of this name runs already; destroy it first")
+	}
+	// An empty one that a crash left has the limits of another VM, and v1 does not let all be raised in place.
+	if err := c.Remove(); err != nil {
+		return nil, err
+	}
+	return c, c.Ensure(l)
+}
+
+// RemoveCgroup removes the cgroup of a VM that is gone, and leaves one alone that a later VM of the same name
+// lives in. A handle may name none.
+func RemoveCgroup(parent, name string, pid int) error {
+	if name == "" {
+		return nil
+	}
+	h, err := FindHierarchy()
+	if err != nil {
+		return err
+	}
+	c := h.Cgroup(parent, name)
+	pids, err := c.PIDs()
+	if err != nil || slices.ContainsFunc(pids, func(p int) bool { return p != pid }) {
+		return err
+	}
+	return c.Remove()
 }
 
 type setting struct {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"slices"
@@ -220,5 +221,26 @@ func TestSweepEndsWhatIsNotKept(t *testing.T) {
 	}
 	if n, err := Sweep(own, func(string) bool { return false }); n != 0 || err != nil {
 		t.Errorf("nothing to sweep: %d, %v", n, err)
+	}
+}
+
+func TestBoundedFileDoesNotGrow(t *testing.T) {
+	t.Parallel()
+	f, err := BoundedFile("test", 100)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := io.WriteString(f, "last words\n"); err != nil {
+		t.Fatal(err)
+	}
+	if got := LastWords(f); got != "last words" {
+		t.Errorf("%q", got)
+	}
+	if n, err := f.Write(make([]byte, 1000)); err == nil {
+		t.Errorf("wrote %d bytes to a file of 100", n)
+	}
+	if fi, err := f.Stat(); err != nil || fi.Size() != 100 {
+		t.Errorf("size %d, %v", fi.Size(), err)
 	}
 }

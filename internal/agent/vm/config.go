@@ -1,0 +1,61 @@
+package vm
+
+import (
+	"errors"
+	"io/fs"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
+)
+
+var (
+	validName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$`)
+	validMAC  = regexp.MustCompile(`^[0-9a-f]{2}(:[0-9a-f]{2}){5}$`)
+)
+
+// Check tells what no driver can honour in a Config.
+func (cfg Config) Check() error {
+	bad := func(format string, args ...any) error {
+		return wrenn.Errorf(wrenn.KindInvalidRequest, format, args...)
+	}
+	switch {
+	case !validName.MatchString(cfg.ID):
+		return bad("VM id %q is not a name", cfg.ID)
+	case !validName.MatchString(cfg.Cgroup):
+		return bad("cgroup %q is not a name", cfg.Cgroup)
+	case cfg.VCPUs < 1 || cfg.VCPUs > wrenn.MaxVCPUs:
+		return bad("vcpus must be 1 to %d, not %d", wrenn.MaxVCPUs, cfg.VCPUs)
+	case cfg.MemoryMB < wrenn.MinMemoryMB || cfg.MemoryMB > wrenn.MaxMemoryMB:
+		return bad("memory_mb must be %d to %d, not %d", wrenn.MinMemoryMB, wrenn.MaxMemoryMB, cfg.MemoryMB)
+	case cfg.Restore == nil && cfg.Kernel == "":
+		return bad("a cold start needs a kernel")
+	case len(cfg.Disks) > 8:
+		return bad("at most 8 disks, not %d", len(cfg.Disks))
+	case strings.ContainsAny(cfg.Cmdline, "\n\x00") || len(cfg.Cmdline) > 1500:
+		return bad("the kernel command line must be one line of at most 1500 characters")
+	case (cfg.Net.TAP != "" || cfg.Net.MAC != "") && !validMAC.MatchString(cfg.Net.MAC):
+		return bad("MAC address %q is not lower-case hex", cfg.Net.MAC)
+	}
+	for _, path := range []string{cfg.Dir, cfg.MemoryFile} {
+		if !filepath.IsAbs(path) {
+			return bad("path %q must be absolute", path)
+		}
+	}
+	return nil
+}
+
+// FileError is an error of opening or writing a file of a VM, as it may be shown; nil stays nil.
+func FileError(err error, what string) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT), errors.Is(err, syscall.EFBIG):
+		return wrenn.Wrap(err, wrenn.KindDiskFull, "the host's disk is full; delete sandboxes or snapshots, or add disk")
+	case errors.Is(err, fs.ErrNotExist):
+		return wrenn.Wrap(err, wrenn.KindInvalidRequest, "%s of the VM does not exist", what)
+	}
+	return wrenn.Wrap(err, wrenn.KindInternal, "cannot open %s of the VM", what)
+}
