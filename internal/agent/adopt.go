@@ -17,7 +17,7 @@ import (
 // are undone, half-done deletes finished, and what belongs to no record (network slots, VMMs, trash)
 // is removed. A record that cannot be read is left alone and logged: unknown is not garbage.
 func (s *Sandboxes) adopt(ctx context.Context, cfg Config) error {
-	for _, dir := range []string{sandboxesDir, templatesDir, trashDir} {
+	for _, dir := range []string{sandboxesDir, templatesDir, trashDir, warmDir} {
 		if err := os.MkdirAll(filepath.Join(s.dir, dir), 0o711); err != nil {
 			return err
 		}
@@ -41,7 +41,7 @@ func (s *Sandboxes) adopt(ctx context.Context, cfg Config) error {
 	if err := s.net.Sweep(ctx); err != nil {
 		return fmt.Errorf("remove left-over network namespaces: %w", err)
 	}
-	return s.emptyTrash()
+	return errors.Join(empty(filepath.Join(s.dir, warmDir)), empty(filepath.Join(s.dir, trashDir)))
 }
 
 func (s *Sandboxes) sweepVMMs(cfg Config) error {
@@ -100,7 +100,7 @@ func (s *Sandboxes) adoptChanging(ctx context.Context, sb *sandbox) error {
 	if err := s.greet(ctx, sb); err != nil {
 		return err
 	}
-	return s.transition(sb, func(r *record) { r.State = wrenn.SandboxRunning })
+	return s.transition(sb, (*record).toRunning)
 }
 
 func (s *Sandboxes) finishRemoval(ctx context.Context, sb *sandbox) error {
@@ -141,8 +141,8 @@ func (s *Sandboxes) adoptRunning(ctx context.Context, sb *sandbox) error {
 	return nil
 }
 
-func (s *Sandboxes) emptyTrash() error {
-	dir := filepath.Join(s.dir, trashDir)
+// empty removes what is in a directory.
+func empty(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return err

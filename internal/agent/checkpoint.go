@@ -250,10 +250,10 @@ func (s *Sandboxes) rollback(ctx context.Context, sb *sandbox, mo *moment, req *
 	if err := sb.update(func(r *record) { r.VM, r.Slot = nil, -1 }); err != nil {
 		return err
 	}
-	if err := s.launch(ctx, sb, "", &u); err != nil {
+	if err := s.launch(ctx, sb, sb.machine(), &u); err != nil {
 		return err
 	}
-	return s.transition(sb, func(r *record) { r.State = wrenn.SandboxRunning })
+	return s.transition(sb, (*record).toRunning)
 }
 
 func (s *Sandboxes) saveMomentOnce(ctx context.Context, sb *sandbox, dir string) (*moment, error) {

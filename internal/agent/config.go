@@ -31,6 +31,7 @@ type Config struct {
 	Egress        string
 	Slots         int
 	WarmSlots     int
+	WarmVMs       int
 	Instance      string
 	BaseUID       int
 	HeartbeatSecs int
@@ -54,6 +55,7 @@ var variables = []variable{
 	{"AGENT_EGRESS", network.EgressInternet, "internet (public addresses by NAT) or none"},
 	{"AGENT_MAX_SANDBOXES", "200", "most sandboxes that run at a time"},
 	{"AGENT_WARM_SLOTS", "4", "network slots that are made ahead"},
+	{"AGENT_WARM_VMS", "4", "virtual machines that are kept ready, frozen, of each of the two templates used last; 0 keeps none"},
 	{"AGENT_INSTANCE", "", "1 to 8 of [a-z0-9], in the names of namespaces and cgroups; by default made from AGENT_SANDBOXES_PATH"},
 	{"AGENT_BASE_UID", "", "first of the uids that VMMs run as; by default made from AGENT_SANDBOXES_PATH"},
 	{"AGENT_HEARTBEAT_SEC", "30", "seconds between heartbeats"},
@@ -109,6 +111,7 @@ func loadConfig(getenv func(string) string) (Config, error) {
 	}{
 		{"AGENT_MAX_SANDBOXES", &c.Slots, 1, 4000, 0},
 		{"AGENT_WARM_SLOTS", &c.WarmSlots, 0, 256, 0},
+		{"AGENT_WARM_VMS", &c.WarmVMs, 0, 64, 0},
 		{"AGENT_BASE_UID", &c.BaseUID, 10_000, 2_000_000_000, defaultUID},
 		{"AGENT_HEARTBEAT_SEC", &c.HeartbeatSecs, 1, 60, 0},
 	}

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -27,7 +28,7 @@ func testConfig(t testing.TB) Config {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: virtual machines get namespaces, mounts and cgroups")
 	}
-	env := map[string]string{"AGENT_EGRESS": "none", "AGENT_WARM_SLOTS": "2", "AGENT_VOLUME_SIZE": "20G"}
+	env := map[string]string{"AGENT_EGRESS": "none", "AGENT_WARM_SLOTS": "2", "AGENT_WARM_VMS": "1", "AGENT_VOLUME_SIZE": "20G"}
 	for variable, from := range map[string][2]string{
 		"AGENT_KERNEL_PATH": {"WRENN_TEST_KERNEL", "../../.wrenn/kernels/vmlinuz"},
 		"AGENT_IMAGES_PATH": {"WRENN_TEST_IMAGES", "../../.wrenn/images"},
@@ -259,20 +260,42 @@ func TestForkCheckpointAndRollback(t *testing.T) {
 	}
 }
 
-// BenchmarkCreate measures a create from a prepared template to a guest that knows who it is.
+// BenchmarkCreate measures a create to a guest that knows who it is: from a prepared template, and with a
+// VM that is ready.
 func BenchmarkCreate(b *testing.B) {
-	cfg := testConfig(b)
-	s, _ := open(b, cfg)
-	create(b, s)
-	for b.Loop() {
-		sb, err := s.Create(b.Context(), request())
-		if err != nil {
-			b.Fatal(err)
+	for _, warm := range []int{0, 1} {
+		b.Run(fmt.Sprintf("warm=%d", warm), func(b *testing.B) {
+			cfg := testConfig(b)
+			cfg.WarmVMs = warm
+			s, _ := open(b, cfg)
+			create(b, s)
+			for b.Loop() {
+				b.StopTimer()
+				awaitReady(b, s)
+				b.StartTimer()
+				sb, err := s.Create(b.Context(), request())
+				b.StopTimer()
+				if err == nil {
+					err = s.Delete(b.Context(), sb.Id, "op")
+				}
+				if err != nil {
+					b.Fatal(err)
+				}
+				b.StartTimer()
+			}
+		})
+	}
+}
+
+// awaitReady returns when the agent keeps as many VMs ready as it may.
+func awaitReady(t testing.TB, s *Sandboxes) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		if _, wanted := s.warm.next(); !wanted {
+			return
 		}
-		b.StopTimer()
-		if err := s.Delete(b.Context(), sb.Id, "op"); err != nil {
-			b.Fatal(err)
+		if time.Now().After(deadline) {
+			t.Fatal("no virtual machine became ready")
 		}
-		b.StartTimer()
 	}
 }

@@ -14,22 +14,22 @@ import (
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
-// launch makes a sandbox's machine run and returns when its guest agent is ready and knows who it is: a
-// machine at rest is restored, one without memory is booted. shared is the machine that it and others are
-// clones of, if any: they have their clean memory in common. Undo steps are pushed for all that it takes.
-func (s *Sandboxes) launch(ctx context.Context, sb *sandbox, shared machine, u *undo.Stack) error {
-	slot, err := s.net.Acquire(ctx)
+// launch makes a sandbox's machine run and returns when its guest agent is ready and knows who it is. It
+// goes on from the moment that is saved in from: its own, or that of which its disk is a clone; without
+// memory there it is booted. Undo steps are pushed for all that it takes.
+func (s *Sandboxes) launch(ctx context.Context, sb *sandbox, from machine, u *undo.Stack) error {
+	slot, err := s.acquireSlot(ctx)
 	if err != nil {
 		return err
 	}
 	u.Push(func() error { s.net.Release(slot); return nil })
-	handle, err := s.startVM(ctx, sb, slot, shared, u)
+	handle, err := s.startVM(ctx, sb, slot, from, u)
 	if err != nil {
 		return err
 	}
 	s.attach(sb, slot, handle)
 	u.Push(func() error { s.detach(sb); return nil })
-	// From here the VM changes its disk and memory, so they are no saved moment any more. This is on disk
+	// From here the VM changes its disk, so that and the memory are no saved moment any more. This is on disk
 	// before the first instruction.
 	if err := sb.update(func(r *record) { r.VM, r.HasMemory, r.StartedAt = &handle, false, handle.StartedAt.UTC() }); err != nil {
 		return err
@@ -57,21 +57,19 @@ func (s *Sandboxes) keepMemory(ctx context.Context, sb *sandbox, handle vm.Handl
 }
 
 // startVM starts the VM frozen. The slot is on record first, so a VM that dies unrecorded is found by
-// its uid.
-func (s *Sandboxes) startVM(ctx context.Context, sb *sandbox, slot *network.Slot, shared machine, u *undo.Stack) (vm.Handle, error) {
-	if err := sb.update(func(r *record) { r.Slot = slot.Index }); err != nil {
-		return vm.Handle{}, err
-	}
+// its uid; the next token too, so an agent that dies in between can still speak to the guest.
+func (s *Sandboxes) startVM(ctx context.Context, sb *sandbox, slot *network.Slot, from machine, u *undo.Stack) (vm.Handle, error) {
 	rec, m := sb.snapshot(), sb.machine()
 	cfg, err := s.vmConfig(sb.id, m, sb.console(), rec.VCPUs, rec.MemoryMB, slot)
 	if err != nil {
 		return vm.Handle{}, err
 	}
 	cfg.Frozen = true
-	switch man, err := m.load(); {
-	case errors.Is(err, os.ErrNotExist):
-		// A guest that boots knows no token.
-		if err := errors.Join(m.dropMemory(), sb.update(func(r *record) { r.AccessToken, r.NextToken, r.Cold = "", "", true })); err != nil {
+	var token string
+	man, err := from.load()
+	switch {
+	case errors.Is(err, os.ErrNotExist): // a guest that boots knows no token
+		if err := m.dropMemory(); err != nil {
 			return vm.Handle{}, err
 		}
 	case err != nil:
@@ -80,13 +78,14 @@ func (s *Sandboxes) startVM(ctx context.Context, sb *sandbox, slot *network.Slot
 		if err := man.fits(s.driver.Capabilities()); err != nil {
 			return vm.Handle{}, err
 		}
-		cfg.Restore = &vm.SnapshotFiles{State: m.state(), Memory: m.memory()}
-		if shared != "" {
-			cfg.Restore.Memory, cfg.SharedMemory = shared.memory(), true
-		}
-		if err := sb.update(func(r *record) { r.AccessToken = man.Token }); err != nil {
-			return vm.Handle{}, err
-		}
+		cfg.Restore = &vm.SnapshotFiles{State: from.state(), Memory: from.memory()}
+		cfg.SharedMemory = from != m
+		token = man.Token
+	}
+	if err := sb.update(func(r *record) {
+		r.Slot, r.AccessToken, r.NextToken, r.Cold = slot.Index, token, cmp.Or(r.NextToken, guest.NewToken()), r.Cold || man == nil
+	}); err != nil {
+		return vm.Handle{}, err
 	}
 	cfg.Disks[0].GrowTo = int64(rec.DiskMB) << 20
 	handle, err := s.driver.Start(ctx, cfg)
@@ -97,7 +96,8 @@ func (s *Sandboxes) startVM(ctx context.Context, sb *sandbox, slot *network.Slot
 	return handle, nil
 }
 
-// greet waits for the guest agent and makes the guest itself: token, clock, entropy, names.
+// greet waits for the guest agent and makes the guest itself: token, clock, entropy, names. The token that
+// it knows then becomes the record's with the next state, by toRunning.
 func (s *Sandboxes) greet(ctx context.Context, sb *sandbox) error {
 	sb.mu.Lock()
 	client, gone := sb.guest, sb.gone
@@ -105,10 +105,18 @@ func (s *Sandboxes) greet(ctx context.Context, sb *sandbox) error {
 	if err := client.WaitReady(ctx, gone); err != nil {
 		return err
 	}
-	if err := sb.update(func(r *record) { r.NextToken = cmp.Or(r.NextToken, guest.NewToken()) }); err != nil {
-		return err
-	}
 	rec := sb.snapshot()
+	id := s.identity(&rec)
+	err := client.Init(ctx, rec.AccessToken, id)
+	if err != nil && ctx.Err() == nil {
+		// An agent that died right here may have told the guest already.
+		err = client.Init(ctx, rec.NextToken, id)
+	}
+	return err
+}
+
+// identity is what a guest is told that it is.
+func (s *Sandboxes) identity(rec *record) guest.Identity {
 	id := guest.Identity{
 		Token: rec.NextToken, Hostname: rec.Hostname, MachineID: rec.MachineID, Env: rec.Env, DefaultUser: rec.User,
 		DiskBytes: int64(rec.DiskMB) << 20,
@@ -116,16 +124,7 @@ func (s *Sandboxes) greet(ctx context.Context, sb *sandbox) error {
 	if s.egress != network.EgressNone {
 		id.Nameservers = []string{network.GatewayIP}
 	}
-	if err := client.Init(ctx, rec.AccessToken, id); err != nil {
-		// An agent that died right here may have told the guest already.
-		if again := client.Init(ctx, rec.NextToken, id); again != nil {
-			return err
-		}
-	}
-	if err := sb.update(func(r *record) { r.AccessToken, r.NextToken = r.NextToken, "" }); err != nil {
-		return err
-	}
-	return client.SyncClock(ctx, rec.NextToken)
+	return id
 }
 
 // vmConfig is the VM of a machine in a slot. The driver's directory is made anew.

@@ -132,7 +132,11 @@ func (man *manifest) needs() *agentv1.Needs {
 
 // wake removes what makes m a moment, as its VM is about to change it.
 func (m machine) wake() error {
-	if err := os.Remove(m.manifest()); err != nil && !errors.Is(err, os.ErrNotExist) {
+	err := os.Remove(m.manifest())
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
 		return err
 	}
 	return syncDir(m.dir())

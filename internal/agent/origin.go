@@ -16,12 +16,13 @@ import (
 
 // origin is what a new sandbox is cloned from.
 type origin struct {
-	machine machine
-	diskMB  int
-	digest  string
-	user    string
-	parent  string // the checkpoint, if it is one
-	cold    bool   // it had to be made first
+	machine  machine
+	diskMB   int
+	digest   string
+	user     string
+	parent   string // the checkpoint, if it is one
+	template bool   // it is a template, not a saved moment
+	cold     bool   // it had to be made first
 }
 
 // origin finds or makes what a create asks for.
@@ -44,7 +45,7 @@ func (s *Sandboxes) origin(ctx context.Context, rec record, src *agentv1.Source)
 		return origin{}, err
 	}
 	m, cold, err := s.template(ctx, img, rec.VCPUs, rec.MemoryMB)
-	return origin{machine: m, diskMB: img.DiskMB(), digest: img.Digest, user: img.DefaultUser, cold: cold}, err
+	return origin{machine: m, diskMB: img.DiskMB(), digest: img.Digest, user: img.DefaultUser, template: true, cold: cold}, err
 }
 
 // originMoment opens a saved moment. Its memory runs only in the size it was saved in.

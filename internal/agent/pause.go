@@ -167,10 +167,10 @@ func (s *Sandboxes) resume(ctx context.Context, sb *sandbox, opID string) (err e
 	u.Push(func() error {
 		return s.transition(sb, func(r *record) { r.toPaused(sb.machine().atRest()) })
 	})
-	if err := s.launch(ctx, sb, "", &u); err != nil {
+	if err := s.launch(ctx, sb, sb.machine(), &u); err != nil {
 		return err
 	}
-	return s.transition(sb, func(r *record) { r.State = wrenn.SandboxRunning })
+	return s.transition(sb, (*record).toRunning)
 }
 
 // checkIdle refuses with KindConflict if the sandbox was used within the last idle time, or a command

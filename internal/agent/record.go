@@ -58,6 +58,14 @@ const (
 	consoleLog = "console.log"
 )
 
+// toRunning is the record of a sandbox whose guest knows who it is.
+func (r *record) toRunning() {
+	r.State = wrenn.SandboxRunning
+	if r.NextToken != "" {
+		r.AccessToken, r.NextToken = r.NextToken, ""
+	}
+}
+
 // toPaused is the record of a sandbox whose VM is gone.
 func (r *record) toPaused(hasMemory bool) {
 	r.State, r.VM, r.Slot, r.HasMemory, r.Reason = wrenn.SandboxPaused, nil, -1, hasMemory, ""

@@ -84,7 +84,8 @@ func (op *operation) wait(ctx context.Context) error {
 	}
 }
 
-// update changes the record and makes it durable before anyone can see it.
+// update changes the record and makes it durable before anyone can see it. A sandbox that is being created
+// is nothing yet: a crash removes it, by its directory that has no record.
 func (sb *sandbox) update(change func(*record)) error {
 	sb.mu.Lock()
 	defer sb.mu.Unlock()
@@ -93,8 +94,10 @@ func (sb *sandbox) update(change func(*record)) error {
 	if _, last := sb.activity.state(); last.After(next.LastActiveAt) {
 		next.LastActiveAt = last
 	}
-	if err := next.save(sb.dir); err != nil {
-		return fmt.Errorf("save the record of %s: %w", sb.id, err)
+	if next.State != wrenn.SandboxCreating {
+		if err := next.save(sb.dir); err != nil {
+			return fmt.Errorf("save the record of %s: %w", sb.id, err)
+		}
 	}
 	sb.rec = next
 	return nil

@@ -47,6 +47,7 @@ type Sandboxes struct {
 	life      context.Context // ends when this agent gives the host up; nothing is watched any more
 	watchers  sync.WaitGroup  // of VMs
 	templates templates
+	warm      *warmPool
 
 	mu       sync.Mutex
 	byID     map[string]*sandbox
@@ -217,17 +218,31 @@ func (s *Sandboxes) create(ctx context.Context, sb *sandbox, src *agentv1.Source
 	}); err != nil {
 		return err
 	}
-	if err := sb.machine().cloneFrom(ctx, s.store, from.machine); err != nil {
-		return fmt.Errorf("clone %s: %w", rec.Template, err)
-	}
-	shared := from.machine
-	if from.parent != "" {
-		shared = "" // a checkpoint has few clones
-	}
-	if err := s.launch(ctx, sb, shared, &u); err != nil {
+	if err := s.begin(ctx, sb, from, &u); err != nil {
 		return err
 	}
-	return s.transition(sb, func(r *record) { r.State = wrenn.SandboxRunning })
+	return s.transition(sb, (*record).toRunning)
+}
+
+// begin gives a new sandbox its first VM: one that is ready, or a clone that is started now.
+func (s *Sandboxes) begin(ctx context.Context, sb *sandbox, from origin, u *undo.Stack) error {
+	defer s.warm.refill()
+	if v := s.takeReady(ctx, from, sb.snapshot()); v != nil {
+		err := s.claim(ctx, sb, v)
+		if err == nil {
+			u.Push(func() error { return s.teardown(context.WithoutCancel(ctx), sb) })
+			return nil
+		}
+		s.log.Warn("a virtual machine that was kept ready was of no use", "sandbox", sb.id, "err", err)
+	}
+	m := sb.machine()
+	if err := os.Mkdir(m.dir(), 0o711); err != nil {
+		return err
+	}
+	if err := s.store.Clone(ctx, from.machine.disk(), m.disk()); err != nil {
+		return fmt.Errorf("clone the disk of %s: %w", sb.snapshot().Template, err)
+	}
+	return s.launch(ctx, sb, from.machine, u)
 }
 
 // Delete removes a sandbox and all that belongs to it. Deleting what is not there succeeds.

@@ -59,14 +59,15 @@ func openHost(ctx context.Context, cfg Config, log *slog.Logger) (*host, error) 
 		life:   life,
 		driver: driver, store: store, net: pool, images: &images{dir: cfg.Images, store: store, log: log},
 		kernel: cfg.Kernel, initrd: cfg.Initrd, egress: cfg.Egress, dir: cfg.Sandboxes, snapshots: cfg.Snapshots, log: log,
-		templates: templates{pending: map[string]*preparation{}},
-		byID:      map[string]*sandbox{}, changed: make(chan struct{}, 1),
+		templates: templates{pending: map[string]*preparation{}}, warm: newWarmPool(cfg.WarmVMs),
+		byID: map[string]*sandbox{}, changed: make(chan struct{}, 1),
 	}
 	h := &host{cfg: cfg, store: store, net: pool, sandboxes: s, unlock: unlock, end: end}
 	if err := s.adopt(ctx, cfg); err != nil {
 		h.Close()
 		return nil, err
 	}
+	s.watchers.Go(func() { s.keepWarm(life) })
 	return h, nil
 }
 

@@ -84,7 +84,7 @@ func (s *Sandboxes) makeTemplate(ctx context.Context, m machine, img image, vcpu
 	if err := s.cloneImage(ctx, img, scratch); err != nil {
 		return err
 	}
-	slot, err := s.net.Acquire(ctx)
+	slot, err := s.acquireSlot(ctx)
 	if err != nil {
 		return err
 	}
@@ -117,7 +117,7 @@ func (s *Sandboxes) makeTemplate(ctx context.Context, m machine, img image, vcpu
 func (s *Sandboxes) settle(ctx context.Context, slot *network.Slot) error {
 	client := guest.New(network.GuestIP, slot.DialContext)
 	defer client.Close()
-	if err := client.WaitReady(ctx, nil); err != nil {
+	if err := rehearse(ctx, client); err != nil {
 		return wrenn.Wrap(err, wrenn.KindAgentError, "the template's guest agent did not become ready; its console is kept by the host")
 	}
 	return nil

@@ -78,8 +78,8 @@ type initBody struct {
 	DiskBytes   int64             `json:"diskBytes,omitempty"`
 }
 
-// Init gives the guest its identity, 64 bytes of fresh entropy and the host's clock. currentToken is
-// the token that the guest knows now, empty for one that never had any.
+// Init gives the guest its identity, 64 bytes of fresh entropy and the host's clock, right to
+// clockTolerance. currentToken is the token that the guest knows now, empty for one that never had any.
 func (c *Client) Init(ctx context.Context, currentToken string, id Identity) error {
 	entropy := make([]byte, 64)
 	_, _ = rand.Read(entropy) // never fails
@@ -91,7 +91,11 @@ func (c *Client) Init(ctx context.Context, currentToken string, id Identity) err
 	if err != nil {
 		return err
 	}
-	return c.post(ctx, "/init", currentToken, body)
+	began := time.Now()
+	if err := c.post(ctx, "/init", currentToken, body); err != nil || time.Since(began) <= clockTolerance {
+		return err
+	}
+	return c.SyncClock(ctx, id.Token)
 }
 
 // Freeze stops user processes until the next Init or Thaw.

@@ -7,7 +7,8 @@
 // A VM is one VMM process with its guest. It is `running` (vCPUs execute), `frozen` (the VMM lives, no
 // vCPU executes) or `gone` (no VMM process). A Handle is plain data that names a VM: it is written to
 // disk by the agent before it is used, and any later agent process on the same boot of the host may use
-// it. A driver holds no state of a VM that it could not find again from the Handle.
+// it. The VM's files may be renamed, with the directories they are in, while it is frozen: it is then named
+// by Handle.Moved. A driver holds no state of a VM that it could not find again from the Handle.
 //
 // # Rules for every method
 //
@@ -20,6 +21,7 @@ package vm
 
 import (
 	"context"
+	"strings"
 	"time"
 )
 
@@ -152,4 +154,14 @@ type Handle struct {
 	Console   string    `json:"console"` // Config.Console
 	Cgroup    string    `json:"cgroup"`
 	StartedAt time.Time `json:"started_at"`
+}
+
+// Moved is the handle of a VM whose files were moved, with all that is below one directory.
+func (h Handle) Moved(from, to string) Handle {
+	for _, path := range []*string{&h.Dir, &h.Socket, &h.Memory, &h.Console} {
+		if rest, ok := strings.CutPrefix(*path, from+"/"); ok {
+			*path = to + "/" + rest
+		}
+	}
+	return h
 }

@@ -18,14 +18,14 @@ func (d *Driver) readConsole(h vm.Handle) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.consoles[h.Socket] {
+	if d.consoles[*process(h)] {
 		return
 	}
 	conn, err := dialUnix(consoleSocket(h.Socket))
 	if err != nil {
 		return // the VM is gone
 	}
-	d.consoles[h.Socket] = true
+	d.consoles[*process(h)] = true
 	go func() {
 		defer conn.Close()
 		if err := console.Copy(h.Console, conn); err != nil {
@@ -33,7 +33,7 @@ func (d *Driver) readConsole(h vm.Handle) {
 		}
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		delete(d.consoles, h.Socket)
+		delete(d.consoles, *process(h))
 	}()
 }
 

@@ -43,7 +43,7 @@ type Driver struct {
 
 	shared   sharedMemory
 	mu       sync.Mutex
-	consoles map[string]bool // control sockets of VMs whose console is being read
+	consoles map[vmproc.Process]bool // VMs whose console is being read
 }
 
 var _ vm.Driver = (*Driver)(nil)
@@ -59,7 +59,7 @@ func New(verdict Verdict, opts Options) *Driver {
 	if !verdict.KVM && verdict.TSCkHz == 0 {
 		verdict.TSCkHz = measureTSC()
 	}
-	d := &Driver{verdict: verdict, opts: opts, consoles: map[string]bool{}}
+	d := &Driver{verdict: verdict, opts: opts, consoles: map[vmproc.Process]bool{}}
 	d.caps = vm.Capabilities{
 		Driver: Name, Version: verdict.Version, Acceleration: "tcg", CPUModel: "tcg-max",
 		Arch: runtime.GOARCH,
