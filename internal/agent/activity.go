@@ -27,6 +27,19 @@ func (a *activity) begin() (end func()) {
 	})
 }
 
+// Ping counts as a use of a running sandbox.
+func (s *Sandboxes) Ping(id string) error {
+	sb, err := s.get(id)
+	if err != nil {
+		return err
+	}
+	if _, _, err := sb.running(); err != nil {
+		return err
+	}
+	sb.activity.begin()()
+	return nil
+}
+
 // state tells whether something is open and when the last use was: now, if something is open.
 func (a *activity) state() (open bool, last time.Time) {
 	a.mu.Lock()

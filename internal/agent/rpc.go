@@ -100,6 +100,10 @@ func (r rpcServer) GetSandboxStorage(_ context.Context, req *connect.Request[age
 	return answer(r, "storage", req.Msg.Id, use, err)
 }
 
+func (r rpcServer) PingSandbox(_ context.Context, req *connect.Request[agentv1.PingSandboxRequest]) (*connect.Response[agentv1.PingSandboxResponse], error) {
+	return answer(r, "ping", req.Msg.Id, &agentv1.PingSandboxResponse{}, r.sandboxes.Ping(req.Msg.Id))
+}
+
 func (r rpcServer) GetSandbox(_ context.Context, req *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error) {
 	sb, err := r.sandboxes.Get(req.Msg.Id)
 	return answer(r, "get", req.Msg.Id, &agentv1.GetSandboxResponse{Sandbox: sb}, err)

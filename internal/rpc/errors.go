@@ -60,7 +60,7 @@ func ToConnect(err error) error {
 
 // FromConnect turns an error of a Connect client back into a *wrenn.Error. One that the peer's
 // ToConnect did not make is a transport failure: KindHostUnavailable if the peer could not be reached
-// or did not answer in time, else KindAgentError.
+// or did not answer in time, KindNotImplemented if it is too old, else KindAgentError.
 func FromConnect(err error) error {
 	if err == nil {
 		return nil
@@ -80,6 +80,8 @@ func FromConnect(err error) error {
 	switch ce.Code() {
 	case connect.CodeUnavailable, connect.CodeDeadlineExceeded, connect.CodeCanceled:
 		return wrenn.Wrap(err, wrenn.KindHostUnavailable, "the sandbox's host cannot be reached; try again")
+	case connect.CodeUnimplemented:
+		return wrenn.Wrap(err, wrenn.KindNotImplemented, "the sandbox's host runs an older agent that cannot do this; upgrade it")
 	default:
 		return wrenn.Wrap(err, wrenn.KindAgentError, "the sandbox's host failed to answer; try again")
 	}

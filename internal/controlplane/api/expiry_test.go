@@ -3,6 +3,7 @@ package api_test
 import (
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/controlplane/planetest"
 	"github.com/wrenn-sandbox/wrenn/internal/gen/agentv1"
@@ -61,4 +62,79 @@ func TestTimeouts(t *testing.T) {
 	if h.Has(killed.ID) || !h.Has(used.ID) {
 		t.Error("the wrong one is gone from the host")
 	}
+}
+
+// A control plane that dies after the host paused what is to be killed leaves that to the next one.
+func TestKillOutlivesItsControlPlane(t *testing.T) {
+	t.Parallel()
+	p := planetest.New(t, planetest.Options{NoLoops: true})
+	h := p.AddHost()
+	u := p.NewUser()
+	sb := create(t, u, map[string]any{"timeout_sec": 3600, "on_timeout": "kill"})
+	hook, entered, proceed := blocked()
+	h.OnPause(func(string) error { hook(); return nil })
+	query(t, p, `UPDATE sandboxes SET last_active_at = now() - interval '3601 seconds' WHERE id = $1 RETURNING id`, sb.ID)
+	doomed := planetest.Start(t, planetest.Options{DatabaseURL: p.Database})
+	<-entered
+	go doomed.Store.Close() // waits for its leader's connections; from now on it gives no others
+	planetest.Eventually(t, "the control plane is as good as dead", func() bool { return doomed.Store.Ping(t.Context()) != nil })
+	h.OnPause(nil)
+	close(proceed)
+	planetest.Eventually(t, "the host has paused it", func() bool { return h.State(sb.ID) == agentv1.SandboxState_SANDBOX_STATE_PAUSED })
+	doomed.Stop()
+	if get(t, u, sb.ID).Status == "deleting" || !h.Has(sb.ID) {
+		t.Fatal("it was deleted before its control plane died: the test shows nothing")
+	}
+	planetest.Start(t, planetest.Options{DatabaseURL: p.Database})
+	planetest.Eventually(t, "it is deleted", func() bool { return u.Do("GET", "/v1/sandboxes/"+sb.ID, nil).Status == 404 })
+	if h.Has(sb.ID) {
+		t.Error("the host still has it")
+	}
+}
+
+// An intent to kill ends with what its host says: it is in use, or somebody else paused it; and with the
+// owner's change of mind.
+func TestKillIsCalledOff(t *testing.T) {
+	t.Parallel()
+	p := planetest.New(t, planetest.Options{})
+	h := p.AddHost()
+	u := p.NewUser()
+	kill := map[string]any{"timeout_sec": 3600, "on_timeout": "kill"}
+	used, paused, changed := create(t, u, kill), create(t, u, kill), create(t, u, kill)
+	h.Set(used.ID, &agentv1.Sandbox{Id: used.ID, State: agentv1.SandboxState_SANDBOX_STATE_RUNNING, Revision: 2, Active: true})
+	u.Do("POST", "/v1/sandboxes/"+paused.ID+"/pause", nil).Want(t, 200, nil)
+	if _, err := p.Store.MarkSilentHostsOffline(t.Context(), -time.Hour); err != nil { // nothing expires meanwhile
+		t.Fatal(err)
+	}
+	query(t, p, `UPDATE sandboxes SET kill_operation_id = 'op-of-one-that-died' WHERE id <> $1 RETURNING id`, "")
+	u.Do("PUT", "/v1/sandboxes/"+changed.ID+"/timeout", map[string]any{"timeout_sec": 3600}).Want(t, 200, nil)
+	h.Heartbeat(nil)
+	planetest.Eventually(t, "no intent is left", func() bool {
+		return len(query(t, p, `SELECT id FROM sandboxes WHERE kill_operation_id IS NOT NULL OR id = $1`, "")) == 0
+	})
+	for sb, want := range map[string]string{used.ID: "running", paused.ID: "paused", changed.ID: "running"} {
+		if got := get(t, u, sb); got.Status != want {
+			t.Errorf("it is %s, want %s", got.Status, want)
+		}
+	}
+}
+
+// A ping counts on the host too, which decides whether a sandbox is idle.
+func TestPingReachesTheHost(t *testing.T) {
+	t.Parallel()
+	p := planetest.New(t, planetest.Options{})
+	h := p.AddHost()
+	u := p.NewUser()
+	sb := create(t, u, map[string]any{"timeout_sec": 3600})
+	asked := make(chan struct{}, 16)
+	h.OnPause(func(string) error { asked <- struct{}{}; return nil })
+	u.Do("POST", "/v1/sandboxes/"+sb.ID+"/ping", nil).Want(t, 200, nil)
+	query(t, p, `UPDATE sandboxes SET last_active_at = now() - interval '3601 seconds' WHERE id = $1 RETURNING id`, sb.ID)
+	<-asked
+	planetest.Eventually(t, "the row learns of the ping", func() bool { return get(t, u, sb.ID).ExpiresAt.After(time.Now()) })
+	if got := get(t, u, sb.ID); got.Status != "running" {
+		t.Errorf("after a ping it is %s", got.Status)
+	}
+	h.Stop() // a ping of a sandbox whose host does not answer is noted all the same
+	u.Do("POST", "/v1/sandboxes/"+sb.ID+"/ping", nil).Want(t, 200, nil)
 }

@@ -55,25 +55,60 @@ func (f *Fleet) expire(ctx context.Context) {
 	})
 }
 
-// expireOne pauses an idle sandbox, and deletes it then if that is what its owner chose: only a host that
-// agreed to pause it can tell that it was idle.
+// expireOne does to one idle sandbox what its owner chose.
 func (f *Fleet) expireOne(ctx context.Context, row db.Sandbox) error {
-	kill := row.OnTimeout == string(wrenn.OnTimeoutKill)
+	if row.OnTimeout == string(wrenn.OnTimeoutKill) {
+		return f.kill(ctx, row)
+	}
 	err := f.change(ctx, systemActor(), row.TeamID, row.ID, "sandbox.pause", wrenn.SandboxRunning, func(ctx context.Context, t agents.Target, op string) (*agentv1.Sandbox, error) {
-		res, err := f.agents.Service(t).PauseSandbox(ctx, connect.NewRequest(&agentv1.PauseSandboxRequest{
-			Id: row.ID, OperationId: op, DiskOnly: kill, IdleSec: uint32(row.TimeoutSec),
-		}))
-		if err != nil {
-			return nil, err
-		}
-		return res.Msg.GetSandbox(), nil
+		res, err := f.pauseIdle(ctx, t, row, op)
+		return res.GetSandbox(), err
 	})
 	if wrenn.KindOf(err) == wrenn.KindConflict { // it is in use
 		return f.store.ApplyActivity(ctx, db.ApplyActivityParams{ID: row.ID, HostID: row.HostID, LastActiveAt: time.Now()})
 	}
-	if err != nil || !kill {
-		return err
-	}
-	_, err = f.Delete(ctx, systemActor(), row.TeamID, row.ID)
 	return err
+}
+
+func (f *Fleet) pauseIdle(ctx context.Context, t agents.Target, row db.Sandbox, op string) (*agentv1.PauseSandboxResponse, error) {
+	res, err := f.agents.Service(t).PauseSandbox(ctx, connect.NewRequest(&agentv1.PauseSandboxRequest{
+		Id: row.ID, OperationId: op, DiskOnly: row.OnTimeout == string(wrenn.OnTimeoutKill), IdleSec: uint32(row.TimeoutSec),
+	}))
+	if err != nil {
+		return nil, err
+	}
+	return res.Msg, nil
+}
+
+// kill ends an idle sandbox. Only a host that agreed to pause it can tell that it was idle, so it is paused
+// first and then deleted. The intent stands in the row before the first step, and the host knows the pause
+// by its operation id: after a crash anywhere the same steps are done again, and a sandbox that somebody
+// else paused, or that is used again, is not touched.
+func (f *Fleet) kill(ctx context.Context, row db.Sandbox) error {
+	row, err := f.store.IntendKill(ctx, db.IntendKillParams{ID: row.ID, OperationID: wrenn.NewID(wrenn.PrefixOperation)})
+	if err != nil {
+		return ignoreNotFound(err) // it was used, or is to be paused now
+	}
+	f.work.Add(1)
+	defer f.work.Done()
+	op := *row.KillOperationID
+	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), f.times.CreateLimit)
+	defer cancel()
+	err = f.ask(limited, row.HostID, f.times.RetryFor, func(ctx context.Context, t agents.Target) error {
+		_, err := f.pauseIdle(ctx, t, row, op)
+		return err
+	})
+	switch wrenn.KindOf(err) {
+	case "":
+		_, err = f.delete(ctx, systemActor(), row.TeamID, row.ID, &op)
+		return err
+	case wrenn.KindConflict: // it is in use
+		if err := f.store.ApplyActivity(ctx, db.ApplyActivityParams{ID: row.ID, HostID: row.HostID, LastActiveAt: time.Now()}); err != nil {
+			return err
+		}
+	case wrenn.KindInvalidState: // somebody else paused it
+	default:
+		return err // the intent stands
+	}
+	return f.store.DropKill(ctx, db.DropKillParams{ID: row.ID, OperationID: op})
 }

@@ -6,8 +6,12 @@ import (
 	"strings"
 	"time"
 
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-sandbox/wrenn/internal/controlplane/agents"
 	"github.com/wrenn-sandbox/wrenn/internal/controlplane/store"
 	"github.com/wrenn-sandbox/wrenn/internal/controlplane/store/db"
+	"github.com/wrenn-sandbox/wrenn/internal/gen/agentv1"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
@@ -235,12 +239,19 @@ func (f *Fleet) Get(ctx context.Context, teamID, id string) (db.GetSandboxRow, e
 // Delete ends a sandbox. It tells whether nothing of it is left; if not, its host cannot be reached, the
 // sandbox stays `deleting`, and a loop finishes that as soon as the host is back.
 func (f *Fleet) Delete(ctx context.Context, by Actor, teamID, id string) (gone bool, err error) {
+	return f.delete(ctx, by, teamID, id, nil)
+}
+
+// delete is Delete; with kill, only if the intent of that operation still stands.
+func (f *Fleet) delete(ctx context.Context, by Actor, teamID, id string, kill *string) (gone bool, err error) {
 	f.work.Add(1)
 	defer f.work.Done()
 	ctx = context.WithoutCancel(ctx)
 	var row db.Sandbox
 	err = f.store.Tx(ctx, func(tx store.Tx) error {
-		row, err = tx.Team(teamID).BeginDelete(ctx, db.BeginDeleteParams{ID: id, OperationID: wrenn.NewID(wrenn.PrefixOperation), Lease: f.times.Lease})
+		row, err = tx.Team(teamID).BeginDelete(ctx, db.BeginDeleteParams{
+			ID: id, OperationID: wrenn.NewID(wrenn.PrefixOperation), Lease: f.times.Lease, KillOperationID: kill,
+		})
 		if err != nil {
 			return err
 		}
@@ -263,17 +274,28 @@ func (f *Fleet) Delete(ctx context.Context, by Actor, teamID, id string) (gone b
 	return err == nil, err
 }
 
-// Touch counts as activity of a running sandbox.
+// Touch counts as activity of a running sandbox, for its row and for its host.
 func (f *Fleet) Touch(ctx context.Context, teamID, id string) error {
-	ok, err := f.store.Team(teamID).TouchSandbox(ctx, id)
-	if err != nil || ok {
+	touched, err := f.store.Team(teamID).TouchSandbox(ctx, id)
+	if err != nil {
 		return err
 	}
 	row, err := f.Get(ctx, teamID, id)
 	if err != nil {
 		return err
 	}
-	return notRunning(wrenn.SandboxState(row.Sandbox.Status))
+	if !touched {
+		return notRunning(wrenn.SandboxState(row.Sandbox.Status))
+	}
+	err = f.ask(ctx, row.Sandbox.HostID, 0, func(ctx context.Context, t agents.Target) error {
+		_, err := f.agents.Service(t).PingSandbox(ctx, connect.NewRequest(&agentv1.PingSandboxRequest{Id: id}))
+		return err
+	})
+	switch wrenn.KindOf(err) {
+	case wrenn.KindHostUnavailable, wrenn.KindNotImplemented: // what does not answer is not paused either; an older agent knows no ping
+		return nil
+	}
+	return err
 }
 
 // SetTimeout sets the idle timeout of a sandbox; onTimeout may be nil.

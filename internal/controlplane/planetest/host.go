@@ -225,6 +225,13 @@ func (h *Host) Has(id string) bool {
 	return h.boxes[id] != nil
 }
 
+// State is the state that the host has the sandbox in.
+func (h *Host) State(id string) agentv1.SandboxState {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.boxes[id].GetState()
+}
+
 // Len is how many sandboxes the host has.
 func (h *Host) Len() int {
 	h.mu.Lock()
@@ -298,26 +305,44 @@ func (h *Host) PauseSandbox(_ context.Context, req *connect.Request[agentv1.Paus
 	if busy {
 		return nil, wrenn.Errorf(wrenn.KindConflict, "the sandbox is in use")
 	}
-	sb, err := h.change(req.Msg.Id, agentv1.SandboxState_SANDBOX_STATE_PAUSED)
+	sb, err := h.change(req.Msg.Id, req.Msg.OperationId, agentv1.SandboxState_SANDBOX_STATE_PAUSED)
 	return connect.NewResponse(&agentv1.PauseSandboxResponse{Sandbox: sb}), err
 }
 
 // ResumeSandbox implements agentv1connect.AgentServiceHandler.
 func (h *Host) ResumeSandbox(_ context.Context, req *connect.Request[agentv1.ResumeSandboxRequest]) (*connect.Response[agentv1.ResumeSandboxResponse], error) {
-	sb, err := h.change(req.Msg.Id, agentv1.SandboxState_SANDBOX_STATE_RUNNING)
+	sb, err := h.change(req.Msg.Id, req.Msg.OperationId, agentv1.SandboxState_SANDBOX_STATE_RUNNING)
 	return connect.NewResponse(&agentv1.ResumeSandboxResponse{Sandbox: sb}), err
 }
 
-func (h *Host) change(id string, to agentv1.SandboxState) (*agentv1.Sandbox, error) {
+// PingSandbox implements agentv1connect.AgentServiceHandler.
+func (h *Host) PingSandbox(_ context.Context, req *connect.Request[agentv1.PingSandboxRequest]) (*connect.Response[agentv1.PingSandboxResponse], error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	sb := h.boxes[req.Msg.Id]
+	if sb == nil {
+		return nil, wrenn.Errorf(wrenn.KindNotFound, "no such sandbox")
+	}
+	sb.Active = true
+	return connect.NewResponse(&agentv1.PingSandboxResponse{}), nil
+}
+
+// change is idempotent by operation id.
+func (h *Host) change(id, op string, to agentv1.SandboxState) (*agentv1.Sandbox, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	sb := h.boxes[id]
 	if sb == nil {
 		return nil, wrenn.Errorf(wrenn.KindNotFound, "no such sandbox")
 	}
-	h.revision++
-	sb.State = to
-	sb.Revision++
+	switch {
+	case sb.State != to:
+		h.revision++
+		sb.State, sb.OperationId = to, op
+		sb.Revision++
+	case sb.OperationId != op:
+		return nil, wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is %s already", to)
+	}
 	return proto.CloneOf(sb), nil
 }
 

@@ -124,32 +124,33 @@ type Membership struct {
 }
 
 type Sandbox struct {
-	ID             string
-	TeamID         string
-	HostID         string
-	Name           *string
-	Status         string
-	Reason         *string
-	Template       string
-	DefaultUser    string
-	VCPUs          int32
-	MemoryMB       int32
-	DiskMB         int32
-	TimeoutSec     int32
-	OnTimeout      string
-	Metadata       json.RawMessage
-	CreateEnv      json.RawMessage
-	Revision       int64
-	OperationID    string
-	OperationUntil *time.Time
-	CleanupPending bool
-	MissingSince   *time.Time
-	CreatedBy      string
-	CreatedAt      time.Time
-	StartedAt      *time.Time
-	LastActiveAt   *time.Time
-	UpdatedAt      time.Time
-	DeletedAt      *time.Time
+	ID              string
+	TeamID          string
+	HostID          string
+	Name            *string
+	Status          string
+	Reason          *string
+	Template        string
+	DefaultUser     string
+	VCPUs           int32
+	MemoryMB        int32
+	DiskMB          int32
+	TimeoutSec      int32
+	OnTimeout       string
+	Metadata        json.RawMessage
+	CreateEnv       json.RawMessage
+	Revision        int64
+	OperationID     string
+	OperationUntil  *time.Time
+	CleanupPending  bool
+	MissingSince    *time.Time
+	CreatedBy       string
+	CreatedAt       time.Time
+	StartedAt       *time.Time
+	LastActiveAt    *time.Time
+	UpdatedAt       time.Time
+	DeletedAt       *time.Time
+	KillOperationID *string
 }
 
 type Secret struct {

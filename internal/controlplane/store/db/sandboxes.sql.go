@@ -33,7 +33,7 @@ UPDATE sandboxes SET status = $1, reason = $2, revision = $3,
     last_active_at = greatest(last_active_at, $4), missing_since = NULL, updated_at = now()
 WHERE id = $5 AND host_id = $6 AND deleted_at IS NULL AND status = $7 AND revision < $3
   AND status IN ('running', 'pausing', 'paused', 'resuming') -- a create or delete that was decided is not taken back
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id
 `
 
 type ApplyReportParams struct {
@@ -84,14 +84,30 @@ func (q *Queries) ApplyReport(ctx context.Context, arg ApplyReportParams) (Sandb
 		&i.LastActiveAt,
 		&i.UpdatedAt,
 		&i.DeletedAt,
+		&i.KillOperationID,
 	)
 	return i, err
 }
 
+const dropKill = `-- name: DropKill :exec
+UPDATE sandboxes SET kill_operation_id = NULL WHERE id = $1 AND kill_operation_id = $2::text
+`
+
+type DropKillParams struct {
+	ID          string
+	OperationID string
+}
+
+func (q *Queries) DropKill(ctx context.Context, arg DropKillParams) error {
+	_, err := q.db.Exec(ctx, dropKill, arg.ID, arg.OperationID)
+	return err
+}
+
 const expiredSandboxes = `-- name: ExpiredSandboxes :many
-SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at FROM sandboxes s JOIN hosts h ON h.id = s.host_id
-WHERE s.status = 'running' AND s.timeout_sec > 0 AND s.deleted_at IS NULL AND s.missing_since IS NULL
-  AND s.last_active_at + make_interval(secs => s.timeout_sec) < now()
+SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id FROM sandboxes s JOIN hosts h ON h.id = s.host_id
+WHERE s.deleted_at IS NULL
+  AND (s.status = 'running' AND s.timeout_sec > 0 AND s.missing_since IS NULL AND s.last_active_at + make_interval(secs => s.timeout_sec) < now()
+    OR s.kill_operation_id IS NOT NULL AND s.status <> 'deleting')
   AND h.status = 'online' AND h.deleted_at IS NULL AND NOT (s.id = ANY($1::text[]))
 ORDER BY s.last_active_at LIMIT $2
 `
@@ -101,7 +117,8 @@ type ExpiredSandboxesParams struct {
 	MaxRows int32
 }
 
-// Running sandboxes that, as far as the rows know, were idle for their timeout. Their hosts know better.
+// Running sandboxes that, as far as the rows know, were idle for their timeout, and those whose end was
+// begun. Their hosts know better.
 func (q *Queries) ExpiredSandboxes(ctx context.Context, arg ExpiredSandboxesParams) ([]Sandbox, error) {
 	rows, err := q.db.Query(ctx, expiredSandboxes, arg.NotNow, arg.MaxRows)
 	if err != nil {
@@ -138,6 +155,7 @@ func (q *Queries) ExpiredSandboxes(ctx context.Context, arg ExpiredSandboxesPara
 			&i.LastActiveAt,
 			&i.UpdatedAt,
 			&i.DeletedAt,
+			&i.KillOperationID,
 		); err != nil {
 			return nil, err
 		}
@@ -172,7 +190,7 @@ const failCreate = `-- name: FailCreate :one
 UPDATE sandboxes SET status = 'error', reason = $1, create_env = NULL, cleanup_pending = true,
     operation_until = now() + $2::interval, updated_at = now()
 WHERE id = $3 AND status = 'creating' AND operation_id = $4 AND deleted_at IS NULL
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id
 `
 
 type FailCreateParams struct {
@@ -217,6 +235,7 @@ func (q *Queries) FailCreate(ctx context.Context, arg FailCreateParams) (Sandbox
 		&i.LastActiveAt,
 		&i.UpdatedAt,
 		&i.DeletedAt,
+		&i.KillOperationID,
 	)
 	return i, err
 }
@@ -235,7 +254,7 @@ const finishCreate = `-- name: FinishCreate :one
 UPDATE sandboxes SET status = 'running', reason = NULL, revision = $1, started_at = $2, last_active_at = $2,
     create_env = NULL, operation_until = NULL, missing_since = NULL, updated_at = now()
 WHERE id = $3 AND status = 'creating' AND operation_id = $4 AND deleted_at IS NULL
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id
 `
 
 type FinishCreateParams struct {
@@ -280,6 +299,7 @@ func (q *Queries) FinishCreate(ctx context.Context, arg FinishCreateParams) (San
 		&i.LastActiveAt,
 		&i.UpdatedAt,
 		&i.DeletedAt,
+		&i.KillOperationID,
 	)
 	return i, err
 }
@@ -287,7 +307,7 @@ func (q *Queries) FinishCreate(ctx context.Context, arg FinishCreateParams) (San
 const finishDelete = `-- name: FinishDelete :one
 UPDATE sandboxes SET deleted_at = now(), operation_until = NULL, cleanup_pending = false, updated_at = now()
 WHERE id = $1 AND status = 'deleting' AND deleted_at IS NULL
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id
 `
 
 func (q *Queries) FinishDelete(ctx context.Context, id string) (Sandbox, error) {
@@ -320,6 +340,55 @@ func (q *Queries) FinishDelete(ctx context.Context, id string) (Sandbox, error) 
 		&i.LastActiveAt,
 		&i.UpdatedAt,
 		&i.DeletedAt,
+		&i.KillOperationID,
+	)
+	return i, err
+}
+
+const intendKill = `-- name: IntendKill :one
+UPDATE sandboxes SET kill_operation_id = coalesce(kill_operation_id, $1::text)
+WHERE id = $2 AND deleted_at IS NULL AND on_timeout = 'kill' AND (kill_operation_id IS NOT NULL
+    OR status = 'running' AND timeout_sec > 0 AND last_active_at + make_interval(secs => timeout_sec) < now())
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id
+`
+
+type IntendKillParams struct {
+	OperationID string
+	ID          string
+}
+
+// Nothing comes back if it was used meanwhile.
+func (q *Queries) IntendKill(ctx context.Context, arg IntendKillParams) (Sandbox, error) {
+	row := q.db.QueryRow(ctx, intendKill, arg.OperationID, arg.ID)
+	var i Sandbox
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.HostID,
+		&i.Name,
+		&i.Status,
+		&i.Reason,
+		&i.Template,
+		&i.DefaultUser,
+		&i.VCPUs,
+		&i.MemoryMB,
+		&i.DiskMB,
+		&i.TimeoutSec,
+		&i.OnTimeout,
+		&i.Metadata,
+		&i.CreateEnv,
+		&i.Revision,
+		&i.OperationID,
+		&i.OperationUntil,
+		&i.CleanupPending,
+		&i.MissingSince,
+		&i.CreatedBy,
+		&i.CreatedAt,
+		&i.StartedAt,
+		&i.LastActiveAt,
+		&i.UpdatedAt,
+		&i.DeletedAt,
+		&i.KillOperationID,
 	)
 	return i, err
 }
@@ -391,7 +460,7 @@ func (q *Queries) ReleaseWork(ctx context.Context, arg ReleaseWorkParams) error 
 
 const sandboxByID = `-- name: SandboxByID :one
 
-SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at FROM sandboxes WHERE id = $1
+SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id FROM sandboxes WHERE id = $1
 `
 
 // What the control plane itself does with sandboxes, whoever owns them. Not for requests: those go
@@ -426,6 +495,7 @@ func (q *Queries) SandboxByID(ctx context.Context, id string) (Sandbox, error) {
 		&i.LastActiveAt,
 		&i.UpdatedAt,
 		&i.DeletedAt,
+		&i.KillOperationID,
 	)
 	return i, err
 }
@@ -460,7 +530,7 @@ func (q *Queries) SandboxesByStatus(ctx context.Context) ([]SandboxesByStatusRow
 }
 
 const sandboxesOfHost = `-- name: SandboxesOfHost :many
-SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at FROM sandboxes WHERE (host_id = $1 AND deleted_at IS NULL) OR id = ANY($2::text[])
+SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id FROM sandboxes WHERE (host_id = $1 AND deleted_at IS NULL) OR id = ANY($2::text[])
 `
 
 type SandboxesOfHostParams struct {
@@ -506,6 +576,7 @@ func (q *Queries) SandboxesOfHost(ctx context.Context, arg SandboxesOfHostParams
 			&i.LastActiveAt,
 			&i.UpdatedAt,
 			&i.DeletedAt,
+			&i.KillOperationID,
 		); err != nil {
 			return nil, err
 		}
@@ -524,7 +595,7 @@ WHERE id IN (
     WHERE s.deleted_at IS NULL AND (s.status IN ('creating', 'deleting') OR s.cleanup_pending)
       AND s.operation_until < now() AND h.status = 'online'
     ORDER BY s.operation_until LIMIT $2 FOR UPDATE OF s SKIP LOCKED)
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id
 `
 
 type TakeWorkParams struct {
@@ -570,6 +641,7 @@ func (q *Queries) TakeWork(ctx context.Context, arg TakeWorkParams) ([]Sandbox, 
 			&i.LastActiveAt,
 			&i.UpdatedAt,
 			&i.DeletedAt,
+			&i.KillOperationID,
 		); err != nil {
 			return nil, err
 		}

@@ -16,23 +16,27 @@ UPDATE sandboxes SET status = 'deleting', operation_id = $1, operation_until = n
     create_env = NULL, updated_at = now()
 WHERE team_id = $3 AND id = $4 AND deleted_at IS NULL
   AND (status <> 'deleting' OR operation_until < now())
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at
+  AND ($5::text IS NULL OR kill_operation_id = $5)
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id
 `
 
 type BeginDeleteParams struct {
-	OperationID string
-	Lease       time.Duration
-	TeamID      string
-	ID          string
+	OperationID     string
+	Lease           time.Duration
+	TeamID          string
+	ID              string
+	KillOperationID *string
 }
 
-// Decides the end of a sandbox, whatever is done to it now: its host does one thing after the other.
+// Decides the end of a sandbox, whatever is done to it now: its host does one thing after the other. With
+// kill_operation_id only if that is still intended.
 func (q *Queries) BeginDelete(ctx context.Context, arg BeginDeleteParams) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, beginDelete,
 		arg.OperationID,
 		arg.Lease,
 		arg.TeamID,
 		arg.ID,
+		arg.KillOperationID,
 	)
 	var i Sandbox
 	err := row.Scan(
@@ -62,6 +66,7 @@ func (q *Queries) BeginDelete(ctx context.Context, arg BeginDeleteParams) (Sandb
 		&i.LastActiveAt,
 		&i.UpdatedAt,
 		&i.DeletedAt,
+		&i.KillOperationID,
 	)
 	return i, err
 }
@@ -84,7 +89,7 @@ func (q *Queries) DeleteAPIKey(ctx context.Context, arg DeleteAPIKeyParams) (int
 }
 
 const getSandbox = `-- name: GetSandbox :one
-SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
+SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
 FROM sandboxes s JOIN hosts h ON h.id = s.host_id
 WHERE s.team_id = $1 AND s.id = $2 AND s.deleted_at IS NULL
 `
@@ -129,6 +134,7 @@ func (q *Queries) GetSandbox(ctx context.Context, arg GetSandboxParams) (GetSand
 		&i.Sandbox.LastActiveAt,
 		&i.Sandbox.UpdatedAt,
 		&i.Sandbox.DeletedAt,
+		&i.Sandbox.KillOperationID,
 		&i.HostOnline,
 	)
 	return i, err
@@ -209,7 +215,7 @@ INSERT INTO sandboxes (id, team_id, host_id, name, status, template, default_use
 VALUES ($1, $2, $3, $4, 'creating', $5, $6, $7, $8, $9,
     $10, $11, $12, $13, $14, now() + $15::interval, $16)
 ON CONFLICT (id) DO NOTHING
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id
 `
 
 type InsertSandboxParams struct {
@@ -278,6 +284,7 @@ func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (S
 		&i.LastActiveAt,
 		&i.UpdatedAt,
 		&i.DeletedAt,
+		&i.KillOperationID,
 	)
 	return i, err
 }
@@ -332,7 +339,7 @@ func (q *Queries) ListAPIKeys(ctx context.Context, arg ListAPIKeysParams) ([]Api
 }
 
 const listSandboxes = `-- name: ListSandboxes :many
-SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
+SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
 FROM sandboxes s JOIN hosts h ON h.id = s.host_id
 WHERE s.team_id = $1 AND s.deleted_at IS NULL
   AND ($2::text IS NULL OR s.status = $2)
@@ -408,6 +415,7 @@ func (q *Queries) ListSandboxes(ctx context.Context, arg ListSandboxesParams) ([
 			&i.Sandbox.LastActiveAt,
 			&i.Sandbox.UpdatedAt,
 			&i.Sandbox.DeletedAt,
+			&i.Sandbox.KillOperationID,
 			&i.HostOnline,
 		); err != nil {
 			return nil, err
@@ -590,7 +598,8 @@ func (q *Queries) SandboxRoute(ctx context.Context, arg SandboxRouteParams) (San
 }
 
 const setSandboxTimeout = `-- name: SetSandboxTimeout :execrows
-UPDATE sandboxes SET timeout_sec = $1, on_timeout = coalesce($2, on_timeout), updated_at = now()
+UPDATE sandboxes SET timeout_sec = $1, on_timeout = coalesce($2, on_timeout),
+    kill_operation_id = NULL, updated_at = now()
 WHERE team_id = $3 AND id = $4 AND deleted_at IS NULL AND status <> 'deleting'
 `
 
@@ -615,7 +624,7 @@ func (q *Queries) SetSandboxTimeout(ctx context.Context, arg SetSandboxTimeoutPa
 }
 
 const touchSandbox = `-- name: TouchSandbox :execrows
-UPDATE sandboxes SET last_active_at = greatest(last_active_at, now()), updated_at = now()
+UPDATE sandboxes SET last_active_at = greatest(last_active_at, now()), kill_operation_id = NULL, updated_at = now()
 WHERE team_id = $1 AND id = $2 AND deleted_at IS NULL AND status = 'running'
 `
 

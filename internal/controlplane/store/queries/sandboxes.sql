@@ -78,9 +78,21 @@ SELECT count(*) FROM sandboxes WHERE deleted_at IS NULL AND missing_since IS NOT
 DELETE FROM sandboxes WHERE deleted_at < now() - interval '90 days';
 
 -- name: ExpiredSandboxes :many
--- Running sandboxes that, as far as the rows know, were idle for their timeout. Their hosts know better.
+-- Running sandboxes that, as far as the rows know, were idle for their timeout, and those whose end was
+-- begun. Their hosts know better.
 SELECT s.* FROM sandboxes s JOIN hosts h ON h.id = s.host_id
-WHERE s.status = 'running' AND s.timeout_sec > 0 AND s.deleted_at IS NULL AND s.missing_since IS NULL
-  AND s.last_active_at + make_interval(secs => s.timeout_sec) < now()
+WHERE s.deleted_at IS NULL
+  AND (s.status = 'running' AND s.timeout_sec > 0 AND s.missing_since IS NULL AND s.last_active_at + make_interval(secs => s.timeout_sec) < now()
+    OR s.kill_operation_id IS NOT NULL AND s.status <> 'deleting')
   AND h.status = 'online' AND h.deleted_at IS NULL AND NOT (s.id = ANY(@not_now::text[]))
 ORDER BY s.last_active_at LIMIT @max_rows;
+
+-- name: IntendKill :one
+-- Nothing comes back if it was used meanwhile.
+UPDATE sandboxes SET kill_operation_id = coalesce(kill_operation_id, @operation_id::text)
+WHERE id = @id AND deleted_at IS NULL AND on_timeout = 'kill' AND (kill_operation_id IS NOT NULL
+    OR status = 'running' AND timeout_sec > 0 AND last_active_at + make_interval(secs => timeout_sec) < now())
+RETURNING *;
+
+-- name: DropKill :exec
+UPDATE sandboxes SET kill_operation_id = NULL WHERE id = @id AND kill_operation_id = @operation_id::text;

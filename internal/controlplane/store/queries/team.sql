@@ -79,17 +79,20 @@ ORDER BY s.created_at DESC, s.id DESC
 LIMIT @max_rows;
 
 -- name: TouchSandbox :execrows
-UPDATE sandboxes SET last_active_at = greatest(last_active_at, now()), updated_at = now()
+UPDATE sandboxes SET last_active_at = greatest(last_active_at, now()), kill_operation_id = NULL, updated_at = now()
 WHERE team_id = @team_id AND id = @id AND deleted_at IS NULL AND status = 'running';
 
 -- name: SetSandboxTimeout :execrows
-UPDATE sandboxes SET timeout_sec = @timeout_sec, on_timeout = coalesce(sqlc.narg('on_timeout'), on_timeout), updated_at = now()
+UPDATE sandboxes SET timeout_sec = @timeout_sec, on_timeout = coalesce(sqlc.narg('on_timeout'), on_timeout),
+    kill_operation_id = NULL, updated_at = now()
 WHERE team_id = @team_id AND id = @id AND deleted_at IS NULL AND status <> 'deleting';
 
 -- name: BeginDelete :one
--- Decides the end of a sandbox, whatever is done to it now: its host does one thing after the other.
+-- Decides the end of a sandbox, whatever is done to it now: its host does one thing after the other. With
+-- kill_operation_id only if that is still intended.
 UPDATE sandboxes SET status = 'deleting', operation_id = @operation_id, operation_until = now() + @lease::interval,
     create_env = NULL, updated_at = now()
 WHERE team_id = @team_id AND id = @id AND deleted_at IS NULL
   AND (status <> 'deleting' OR operation_until < now())
+  AND (sqlc.narg('kill_operation_id')::text IS NULL OR kill_operation_id = sqlc.narg('kill_operation_id'))
 RETURNING *;

@@ -80,6 +80,9 @@ const (
 	// AgentServiceGetSandboxStorageProcedure is the fully-qualified name of the AgentService's
 	// GetSandboxStorage RPC.
 	AgentServiceGetSandboxStorageProcedure = "/wrenn.agent.v1.AgentService/GetSandboxStorage"
+	// AgentServicePingSandboxProcedure is the fully-qualified name of the AgentService's PingSandbox
+	// RPC.
+	AgentServicePingSandboxProcedure = "/wrenn.agent.v1.AgentService/PingSandbox"
 	// AgentServiceGetSandboxProcedure is the fully-qualified name of the AgentService's GetSandbox RPC.
 	AgentServiceGetSandboxProcedure = "/wrenn.agent.v1.AgentService/GetSandbox"
 	// AgentServiceListSandboxesProcedure is the fully-qualified name of the AgentService's
@@ -116,6 +119,8 @@ type AgentServiceClient interface {
 	ListMoments(context.Context, *connect.Request[agentv1.ListMomentsRequest]) (*connect.Response[agentv1.ListMomentsResponse], error)
 	// GetSandboxStorage says what a sandbox costs on disk.
 	GetSandboxStorage(context.Context, *connect.Request[agentv1.GetSandboxStorageRequest]) (*connect.Response[agentv1.GetSandboxStorageResponse], error)
+	// PingSandbox counts as a use of a running sandbox.
+	PingSandbox(context.Context, *connect.Request[agentv1.PingSandboxRequest]) (*connect.Response[agentv1.PingSandboxResponse], error)
 	GetSandbox(context.Context, *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error)
 	// ListSandboxes is one consistent snapshot of all sandboxes of the host.
 	ListSandboxes(context.Context, *connect.Request[agentv1.ListSandboxesRequest]) (*connect.Response[agentv1.ListSandboxesResponse], error)
@@ -210,6 +215,12 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(agentServiceMethods.ByName("GetSandboxStorage")),
 			connect.WithClientOptions(opts...),
 		),
+		pingSandbox: connect.NewClient[agentv1.PingSandboxRequest, agentv1.PingSandboxResponse](
+			httpClient,
+			baseURL+AgentServicePingSandboxProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("PingSandbox")),
+			connect.WithClientOptions(opts...),
+		),
 		getSandbox: connect.NewClient[agentv1.GetSandboxRequest, agentv1.GetSandboxResponse](
 			httpClient,
 			baseURL+AgentServiceGetSandboxProcedure,
@@ -240,6 +251,7 @@ type agentServiceClient struct {
 	deleteSnapshot    *connect.Client[agentv1.DeleteSnapshotRequest, agentv1.DeleteSnapshotResponse]
 	listMoments       *connect.Client[agentv1.ListMomentsRequest, agentv1.ListMomentsResponse]
 	getSandboxStorage *connect.Client[agentv1.GetSandboxStorageRequest, agentv1.GetSandboxStorageResponse]
+	pingSandbox       *connect.Client[agentv1.PingSandboxRequest, agentv1.PingSandboxResponse]
 	getSandbox        *connect.Client[agentv1.GetSandboxRequest, agentv1.GetSandboxResponse]
 	listSandboxes     *connect.Client[agentv1.ListSandboxesRequest, agentv1.ListSandboxesResponse]
 }
@@ -309,6 +321,11 @@ func (c *agentServiceClient) GetSandboxStorage(ctx context.Context, req *connect
 	return c.getSandboxStorage.CallUnary(ctx, req)
 }
 
+// PingSandbox calls wrenn.agent.v1.AgentService.PingSandbox.
+func (c *agentServiceClient) PingSandbox(ctx context.Context, req *connect.Request[agentv1.PingSandboxRequest]) (*connect.Response[agentv1.PingSandboxResponse], error) {
+	return c.pingSandbox.CallUnary(ctx, req)
+}
+
 // GetSandbox calls wrenn.agent.v1.AgentService.GetSandbox.
 func (c *agentServiceClient) GetSandbox(ctx context.Context, req *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error) {
 	return c.getSandbox.CallUnary(ctx, req)
@@ -348,6 +365,8 @@ type AgentServiceHandler interface {
 	ListMoments(context.Context, *connect.Request[agentv1.ListMomentsRequest]) (*connect.Response[agentv1.ListMomentsResponse], error)
 	// GetSandboxStorage says what a sandbox costs on disk.
 	GetSandboxStorage(context.Context, *connect.Request[agentv1.GetSandboxStorageRequest]) (*connect.Response[agentv1.GetSandboxStorageResponse], error)
+	// PingSandbox counts as a use of a running sandbox.
+	PingSandbox(context.Context, *connect.Request[agentv1.PingSandboxRequest]) (*connect.Response[agentv1.PingSandboxResponse], error)
 	GetSandbox(context.Context, *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error)
 	// ListSandboxes is one consistent snapshot of all sandboxes of the host.
 	ListSandboxes(context.Context, *connect.Request[agentv1.ListSandboxesRequest]) (*connect.Response[agentv1.ListSandboxesResponse], error)
@@ -438,6 +457,12 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(agentServiceMethods.ByName("GetSandboxStorage")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentServicePingSandboxHandler := connect.NewUnaryHandler(
+		AgentServicePingSandboxProcedure,
+		svc.PingSandbox,
+		connect.WithSchema(agentServiceMethods.ByName("PingSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
 	agentServiceGetSandboxHandler := connect.NewUnaryHandler(
 		AgentServiceGetSandboxProcedure,
 		svc.GetSandbox,
@@ -478,6 +503,8 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceListMomentsHandler.ServeHTTP(w, r)
 		case AgentServiceGetSandboxStorageProcedure:
 			agentServiceGetSandboxStorageHandler.ServeHTTP(w, r)
+		case AgentServicePingSandboxProcedure:
+			agentServicePingSandboxHandler.ServeHTTP(w, r)
 		case AgentServiceGetSandboxProcedure:
 			agentServiceGetSandboxHandler.ServeHTTP(w, r)
 		case AgentServiceListSandboxesProcedure:
@@ -541,6 +568,10 @@ func (UnimplementedAgentServiceHandler) ListMoments(context.Context, *connect.Re
 
 func (UnimplementedAgentServiceHandler) GetSandboxStorage(context.Context, *connect.Request[agentv1.GetSandboxStorageRequest]) (*connect.Response[agentv1.GetSandboxStorageResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.GetSandboxStorage is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) PingSandbox(context.Context, *connect.Request[agentv1.PingSandboxRequest]) (*connect.Response[agentv1.PingSandboxResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.PingSandbox is not implemented"))
 }
 
 func (UnimplementedAgentServiceHandler) GetSandbox(context.Context, *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error) {
