@@ -225,6 +225,15 @@ func (h *Host) Has(id string) bool {
 	return h.boxes[id] != nil
 }
 
+// Idle has the host say from now on that nothing was used for a day.
+func (h *Host) Idle() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, sb := range h.boxes {
+		sb.LastActiveAt = timestamppb.New(time.Now().Add(-24 * time.Hour))
+	}
+}
+
 // State is the state that the host has the sandbox in.
 func (h *Host) State(id string) agentv1.SandboxState {
 	h.mu.Lock()
