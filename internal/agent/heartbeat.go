@@ -25,6 +25,9 @@ type heartbeat struct {
 	StateRevision  uint64            `json:"state_revision"`
 	Running        int               `json:"running"`
 	SandboxesLimit int               `json:"sandboxes_limit"`
+	Address        string            `json:"address,omitempty"`
+	Certificate    certificateReport `json:"certificate"`
+	CSRPEM         string            `json:"csr_pem,omitempty"`
 }
 
 // capacity is what the host offers to sandboxes in all.
@@ -45,12 +48,12 @@ const hostMemoryReserve = 512
 
 // heartbeats sends heartbeats until ctx ends. A refusal or an outage is logged once per change of
 // condition; the sandboxes go on either way.
-func (s *Sandboxes) heartbeats(ctx context.Context, cp *controlPlane, id *identity, every time.Duration, limit int) {
-	ticker := time.NewTicker(every)
+func (s *Sandboxes) heartbeats(ctx context.Context, line *reporting) {
+	ticker := time.NewTicker(line.every)
 	defer ticker.Stop()
 	var last wrenn.Kind = "none"
 	for {
-		err := s.beat(ctx, cp, id, limit)
+		err := s.beat(ctx, line)
 		if kind := wrenn.KindOf(err); kind != last && ctx.Err() == nil {
 			last = kind
 			s.logBeat(err)
@@ -75,12 +78,19 @@ func (s *Sandboxes) logBeat(err error) {
 	}
 }
 
-func (s *Sandboxes) beat(ctx context.Context, cp *controlPlane, id *identity, limit int) error {
-	hb, err := s.heartbeat(limit)
+// beat sends one heartbeat and does what the answer says; a certificate that is to be renewed is asked for
+// with a second one, at once.
+func (s *Sandboxes) beat(ctx context.Context, line *reporting) error {
+	hb, err := s.heartbeat(line.limit)
 	if err != nil {
 		return err
 	}
-	return cp.post(ctx, "/v1/hosts/"+id.HostID+"/heartbeat", id.Token, hb, nil)
+	again, err := line.send(ctx, hb)
+	if err == nil && again {
+		s.log.Info("renewing the host's certificate")
+		_, err = line.send(ctx, hb)
+	}
+	return err
 }
 
 func (s *Sandboxes) heartbeat(limit int) (*heartbeat, error) {

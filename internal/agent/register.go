@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/rpc"
@@ -21,12 +22,15 @@ import (
 )
 
 // identity is what registration gave this host. It lies in AGENT_TOKEN_FILE (the token alone) and beside
-// it: .key, .crt and .ca, all PEM.
+// it: .key, .crt and .ca, all PEM. The control plane renews token and certificate (see renew.go).
 type identity struct {
 	HostID string
-	Token  string
-	Cert   tls.Certificate
 	CA     *x509.CertPool
+
+	file  string
+	mu    sync.Mutex
+	token string
+	cert  *tls.Certificate
 }
 
 // controlPlane is the agent's HTTP client of wrenn-cp.
@@ -57,7 +61,7 @@ func (c *controlPlane) register(ctx context.Context, token, address, tokenFile s
 		return fmt.Errorf("cannot make the directory of AGENT_TOKEN_FILE: %w", err)
 	}
 	// Written first: a token file that cannot be written must not cost the one-time token.
-	if err := writeDurably(tokenFile+".key", key); err != nil {
+	if err := writeDurably(tokenFile+keySuffix, key); err != nil {
 		return fmt.Errorf("cannot write beside AGENT_TOKEN_FILE: %w", err)
 	}
 	var answer struct {
@@ -70,7 +74,7 @@ func (c *controlPlane) register(ctx context.Context, token, address, tokenFile s
 		return fmt.Errorf("registration failed: %w", err)
 	}
 	return errors.Join(
-		writeDurably(tokenFile+".crt", []byte(answer.CertPEM)),
+		writeDurably(tokenFile+certSuffix, []byte(answer.CertPEM)),
 		writeDurably(tokenFile+".ca", []byte(answer.CAPEM)),
 		writeDurably(tokenFile, []byte(answer.Token+"\n")),
 	)
@@ -85,11 +89,11 @@ func loadIdentity(tokenFile string) (*identity, error) {
 	if err != nil {
 		return nil, err
 	}
-	id := &identity{Token: strings.TrimSpace(string(raw))}
-	if id.HostID, err = hostOf(id.Token); err != nil {
+	id := &identity{file: tokenFile, token: strings.TrimSpace(string(raw))}
+	if id.HostID, err = hostOf(id.token); err != nil {
 		return nil, fmt.Errorf("%s holds no host token: %w", tokenFile, err)
 	}
-	if id.Cert, err = tls.LoadX509KeyPair(tokenFile+".crt", tokenFile+".key"); err != nil {
+	if id.cert, err = loadCertificate(tokenFile); err != nil {
 		return nil, fmt.Errorf("the host's certificate: %w", err)
 	}
 	ca, err := os.ReadFile(tokenFile + ".ca")

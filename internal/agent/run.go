@@ -53,7 +53,7 @@ func rootCommand(getenv func(string) string, log *slog.Logger) *cobra.Command {
 		Long: `The host agent of Wrenn runs sandboxes, each a virtual machine, on this host.
 
 A host's first start needs a one-time token of the control plane and the address at which the control
-plane reaches this host; later starts need neither. Sandboxes outlive the agent: stop, upgrade or kill
+plane reaches this host; later starts need neither, and take another --address if it has changed. Sandboxes outlive the agent: stop, upgrade or kill
 it, and the next one takes them over.
 
 Environment:
@@ -78,7 +78,7 @@ Environment:
 					return err
 				}
 			}
-			return serve(cmd.Context(), cfg, log)
+			return serve(cmd.Context(), cfg, address, log)
 		},
 	}
 	cmd.Flags().StringVar(&token, "register", "", "one-time registration `TOKEN` of this host")
@@ -182,7 +182,7 @@ func resetHost(ctx context.Context, cfg Config, log *slog.Logger) error {
 	}
 	log.Info("removed all sandboxes", "path", cfg.Sandboxes, "instance", cfg.Instance)
 	var errs []error
-	for _, path := range []string{cfg.Sandboxes, cfg.Sandboxes + ".xfs", cfg.verdictFile(), cfg.TokenFile, cfg.TokenFile + ".key", cfg.TokenFile + ".crt", cfg.TokenFile + ".ca"} {
+	for _, path := range []string{cfg.Sandboxes, cfg.Sandboxes + ".xfs", cfg.verdictFile(), cfg.TokenFile, cfg.TokenFile + keySuffix, cfg.TokenFile + nextKeySuffix, cfg.TokenFile + certSuffix, cfg.TokenFile + ".ca"} {
 		errs = append(errs, os.RemoveAll(path))
 	}
 	return errors.Join(errs...)

@@ -93,7 +93,7 @@ func probeOptions(cfg Config, log *slog.Logger) qemu.ProbeOptions {
 }
 
 // serve runs the agent of a registered host until ctx ends; its VMs go on.
-func serve(ctx context.Context, cfg Config, log *slog.Logger) error {
+func serve(ctx context.Context, cfg Config, address string, log *slog.Logger) error {
 	id, err := loadIdentity(cfg.TokenFile)
 	if err != nil {
 		return err
@@ -108,7 +108,7 @@ func serve(ctx context.Context, cfg Config, log *slog.Logger) error {
 		return fmt.Errorf("cannot listen on AGENT_LISTEN_ADDR: %w", err)
 	}
 	server := &http.Server{
-		Handler: h.sandboxes.handler(), TLSConfig: rpc.ServerTLS(id.Cert, id.CA),
+		Handler: h.sandboxes.handler(), TLSConfig: rpc.ServerTLS(id.certificate, id.CA),
 		ReadHeaderTimeout: readHeaderTimeout, IdleTimeout: idleTimeout,
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
@@ -116,7 +116,8 @@ func serve(ctx context.Context, cfg Config, log *slog.Logger) error {
 	failed := make(chan error, 1)
 	go func() { failed <- server.ServeTLS(listener, "", "") }()
 	log.Info("agent is ready", "host", id.HostID, "listen", listener.Addr().String(), "instance", cfg.Instance)
-	go h.sandboxes.heartbeats(ctx, newControlPlane(cfg.ControlPlane), id, time.Duration(cfg.HeartbeatSecs)*time.Second, cfg.Slots)
+	line := &reporting{cp: newControlPlane(cfg.ControlPlane), id: id, address: address, every: time.Duration(cfg.HeartbeatSecs) * time.Second, limit: cfg.Slots}
+	go h.sandboxes.heartbeats(ctx, line)
 	select {
 	case err := <-failed:
 		return err

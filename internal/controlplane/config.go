@@ -12,6 +12,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/controlplane/auth"
 	"github.com/wrenn-sandbox/wrenn/internal/controlplane/fleet"
@@ -31,6 +32,7 @@ type Config struct {
 	SignupClosed   bool
 	TrustedProxies []netip.Prefix
 	Policy         fleet.Policy
+	Times          fleet.Times
 }
 
 // settings documents the environment, for --help, in the order in which it is read.
@@ -48,13 +50,14 @@ var settings = [...][2]string{
 	{"CP_CPU_OVERCOMMIT", "vCPUs per core of a host that does not say itself (default 4)"},
 	{"CP_DISK_OVERCOMMIT", "disk promised per disk there is: disks of sandboxes are sparse (default 2)"},
 	{"CP_MEMORY_RESERVE_MB", "memory kept for a host that does not say itself (default 512)"},
+	{"CP_HOST_CREDENTIALS", "how long a host's token and certificate are good; its heartbeats renew them when a third is left (default 8760h, a year)"},
 	{"LOG_LEVEL", "debug, info, warn or error (default info)"},
 }
 
 // loadConfig reads and checks the environment. The error names every variable that is wrong and how to
 // mend it.
 func loadConfig(env func(string) string) (Config, error) {
-	c := Config{Policy: fleet.DefaultPolicy(), HostAgentAddr: env("CP_HOST_AGENT_ADDR"), CAFile: env("CP_CA_FILE"), JWTSecret: []byte(env("JWT_SECRET"))}
+	c := Config{Policy: fleet.DefaultPolicy(), Times: fleet.DefaultTimes(), HostAgentAddr: env("CP_HOST_AGENT_ADDR"), CAFile: env("CP_CA_FILE"), JWTSecret: []byte(env("JWT_SECRET"))}
 	var errs []error
 	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
 	var err error
@@ -117,6 +120,9 @@ func (c *Config) readAccess(env func(string) string) (errs []error) {
 	return errs
 }
 
+// leastCredentials leaves a host of some seconds between heartbeats time to renew what it has.
+const leastCredentials = 30 * time.Second
+
 func (c *Config) readPolicy(env func(string) string) (errs []error) {
 	for name, dst := range map[string]*float64{"CP_CPU_OVERCOMMIT": &c.Policy.CPUOvercommit, "CP_DISK_OVERCOMMIT": &c.Policy.DiskOvercommit} {
 		if v := env(name); v != "" {
@@ -133,6 +139,13 @@ func (c *Config) readPolicy(env func(string) string) (errs []error) {
 			errs = append(errs, fmt.Errorf("CP_MEMORY_RESERVE_MB %q must be a number of megabytes", v))
 		}
 		c.Policy.MemoryReserveMB = n
+	}
+	if v := env("CP_HOST_CREDENTIALS"); v != "" {
+		d, err := time.ParseDuration(v)
+		if err != nil || d < leastCredentials {
+			errs = append(errs, fmt.Errorf("CP_HOST_CREDENTIALS %q must be a duration of at least %s, such as 8760h", v, leastCredentials))
+		}
+		c.Times.HostCredentials = d
 	}
 	return errs
 }

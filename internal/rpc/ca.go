@@ -16,10 +16,9 @@ import (
 	"time"
 )
 
-// Lifetimes of certificates. A host's lives as long as its token.
+// Lifetimes of certificates.
 const (
 	caLifetime     = 10 * 365 * 24 * time.Hour
-	HostLifetime   = 365 * 24 * time.Hour
 	clientLifetime = 24 * time.Hour
 	backdate       = 5 * time.Minute // for clocks that differ
 )
@@ -105,7 +104,7 @@ func (ca *CA) Pool() *x509.CertPool {
 
 // SignHost signs a host's certificate request (PEM, RFC 2986). Only the request's public key is used:
 // the name is the host id, whatever the request says.
-func (ca *CA) SignHost(csrPEM []byte, hostID string, now time.Time) (certPEMBytes, fingerprint []byte, err error) {
+func (ca *CA) SignHost(csrPEM []byte, hostID string, now time.Time, life time.Duration) (certPEMBytes, fingerprint []byte, err error) {
 	block, _ := pem.Decode(csrPEM)
 	if block == nil || block.Type != "CERTIFICATE REQUEST" {
 		return nil, nil, errors.New("no CERTIFICATE REQUEST block")
@@ -117,7 +116,7 @@ func (ca *CA) SignHost(csrPEM []byte, hostID string, now time.Time) (certPEMByte
 	if err := csr.CheckSignature(); err != nil {
 		return nil, nil, fmt.Errorf("certificate request: %w", err)
 	}
-	cert, err := ca.leaf(hostID, csr.PublicKey, x509.ExtKeyUsageServerAuth, now, HostLifetime)
+	cert, err := ca.leaf(hostID, csr.PublicKey, x509.ExtKeyUsageServerAuth, now, life)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -15,6 +15,9 @@ import (
 	"github.com/wrenn-sandbox/wrenn/test/stack"
 )
 
+// credentials is how long the host's token and certificate are good: they are renewed while the tests run.
+const credentials = 45 * time.Second
+
 // shared is the package's stack; nil with a reason where it cannot run.
 type shared struct {
 	stack  *stack.Stack
@@ -41,7 +44,7 @@ func run(m *testing.M) int {
 	defer os.RemoveAll(dir)
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
-	s, err := stack.Start(ctx, in, dir)
+	s, err := stack.Start(ctx, in, dir, "CP_HOST_CREDENTIALS="+credentials.String())
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err, s.Logs())
 		return 1

@@ -80,8 +80,9 @@ func ask(ctx context.Context, stop <-chan struct{}, check func() error) error {
 	}
 }
 
-// CheckIdle tells what is left on the host when no sandbox should be: VMM processes and sandbox
-// directories. Warm network slots are the agent's to keep.
+// CheckIdle tells what is left on the host when no sandbox should be: sandbox directories, and VMM
+// processes other than those of the machines that the agent keeps ready, which have a directory each.
+// Warm network slots are the agent's to keep.
 func (s *Stack) CheckIdle() error {
 	left, err := filepath.Glob(filepath.Join(s.Dir, "sandboxes", "sandboxes", "*"))
 	if err != nil {
@@ -90,9 +91,13 @@ func (s *Stack) CheckIdle() error {
 	if len(left) > 0 {
 		return fmt.Errorf("sandboxes left on disk: %v", left)
 	}
+	ready, err := filepath.Glob(filepath.Join(s.Dir, "sandboxes", "warm", "*"))
+	if err != nil {
+		return err
+	}
 	n, err := s.VMMs()
-	if err == nil && n > 0 {
-		err = fmt.Errorf("%d VMMs are left", n)
+	if err == nil && n != len(ready) {
+		err = fmt.Errorf("%d VMMs run, but %d are kept ready", n, len(ready))
 	}
 	return err
 }

@@ -76,6 +76,7 @@ type Stack struct {
 	agentPort     int
 	agentInstance string
 	baseUID       int
+	planeEnv      []string
 }
 
 // uidRange is how many uids a stack's virtual machines may use.
@@ -87,9 +88,10 @@ const (
 	Password = "correct horse battery staple"
 )
 
-// Start brings everything up below dir and returns when a host is online.
-func Start(ctx context.Context, in Inputs, dir string) (s *Stack, err error) {
-	s = &Stack{Inputs: in, Dir: dir}
+// Start brings everything up below dir and returns when a host is online. planeEnv is added to the
+// environment of wrenn-cp.
+func Start(ctx context.Context, in Inputs, dir string, planeEnv ...string) (s *Stack, err error) {
+	s = &Stack{Inputs: in, Dir: dir, planeEnv: planeEnv}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
@@ -211,7 +213,7 @@ func (s *Stack) Close() error {
 }
 
 func (s *Stack) controlPlaneEnv() []string {
-	return append(os.Environ(),
+	return append(append(os.Environ(), s.planeEnv...),
 		"CP_LISTEN_ADDR=127.0.0.1:"+strconv.Itoa(s.cpPort),
 		"DATABASE_URL="+s.Postgres.URL, "REDIS_URL="+s.Redis.URL,
 		"JWT_SECRET="+strings.Repeat("test-secret.", 4),

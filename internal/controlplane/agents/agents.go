@@ -23,6 +23,7 @@ type Target struct {
 	HostID      string
 	Address     string // ip:port
 	Fingerprint []byte // SHA-256 of its certificate
+	Next        []byte // of the one that replaces it, if one was signed
 }
 
 const (
@@ -82,7 +83,7 @@ func (p *Pool) Client(t Target) *http.Client {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if h, ok := p.hosts[t.HostID]; ok {
-		if h.target.Address == t.Address && bytes.Equal(h.target.Fingerprint, t.Fingerprint) {
+		if h.target.Address == t.Address && bytes.Equal(h.target.Fingerprint, t.Fingerprint) && bytes.Equal(h.target.Next, t.Next) {
 			return h.client
 		}
 		h.transport.CloseIdleConnections()
@@ -113,7 +114,7 @@ func GuestURL(t Target, sandboxID string) string {
 }
 
 func (p *Pool) connect(t Target) *host {
-	cfg := rpc.ClientTLS(tls.Certificate{}, p.ca.Pool(), t.HostID, t.Fingerprint)
+	cfg := rpc.ClientTLS(tls.Certificate{}, p.ca.Pool(), t.HostID, t.Fingerprint, t.Next)
 	cfg.Certificates = nil
 	cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return p.clientCert() }
 	transport := &http.Transport{

@@ -40,11 +40,11 @@ func (s *Server) requireHostToken(r *http.Request) (auth.Principal, error) {
 	if token == "" {
 		return auth.Principal{}, unauthorized(nil, "send the host's token in X-Host-Token")
 	}
-	id, err := s.Tokens.VerifyHost(token)
+	id, expires, err := s.Tokens.VerifyHost(token)
 	if err != nil {
 		return auth.Principal{}, unauthorized(err, "X-Host-Token is not a valid host token")
 	}
-	return auth.Principal{HostID: id}, nil
+	return auth.Principal{HostID: id, Expires: expires}, nil
 }
 
 func (s *Server) requireUser(r *http.Request, w who) (auth.Principal, error) {

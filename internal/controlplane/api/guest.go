@@ -34,7 +34,7 @@ func (s *Server) guest(ctx context.Context, id string) (guest, error) {
 	case !row.HostOnline || row.Address == nil || !row.MTLSEnabled:
 		return guest{}, wrenn.Errorf(wrenn.KindHostUnavailable, "the sandbox's host cannot be reached now; the sandbox itself is not lost; try again").With("host_id", row.HostID)
 	}
-	return guest{row.ID, agents.Target{HostID: row.HostID, Address: *row.Address, Fingerprint: row.CertFingerprint}}, nil
+	return guest{row.ID, agents.Target{HostID: row.HostID, Address: *row.Address, Fingerprint: row.CertFingerprint, Next: row.NextCertFingerprint}}, nil
 }
 
 // asUser names the user in the guest; empty is the sandbox's default.

@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"encoding/hex"
 	"encoding/json"
 	"time"
 
@@ -63,14 +64,31 @@ func (s *Server) RegisterHost(ctx context.Context, req gen.RegisterHostRequestOb
 
 // HeartbeatHost implements gen.StrictServerInterface.
 func (s *Server) HeartbeatHost(ctx context.Context, req gen.HeartbeatHostRequestObject) (gen.HeartbeatHostResponseObject, error) {
-	id := auth.From(ctx).HostID
-	if req.ID != id {
+	host := auth.From(ctx)
+	if req.ID != host.HostID {
 		return nil, wrenn.Errorf(wrenn.KindForbidden, "the token belongs to another host")
 	}
-	if err := s.Fleet.Heartbeat(ctx, id, report(req.Body)); err != nil {
+	r := report(req.Body)
+	r.TokenExpires = host.Expires
+	todo, err := s.Fleet.Heartbeat(ctx, requestID(ctx), host.HostID, r)
+	if err != nil {
 		return nil, err
 	}
-	return gen.HeartbeatHost204Response{}, nil
+	if todo == (fleet.Instructions{}) {
+		return gen.HeartbeatHost204Response{}, nil
+	}
+	return gen.HeartbeatHost200JSONResponse{
+		Token: given(todo.Token), RenewCertificate: given(todo.RenewCertificate), CertPem: given(todo.CertPEM), CaCertPem: given(todo.CACertPEM),
+	}, nil
+}
+
+// given is nil for a zero value, which an answer leaves out.
+func given[T comparable](v T) *T {
+	var zero T
+	if v == zero {
+		return nil
+	}
+	return &v
 }
 
 func report(b *gen.HeartbeatRequest) fleet.Report {
@@ -87,7 +105,11 @@ func report(b *gen.HeartbeatRequest) fleet.Report {
 	if b.Capacity != nil {
 		v.CapacityVCPUs, v.CapacityMemoryMB, v.CapacityDiskMB = b.Capacity.Vcpus, b.Capacity.MemoryMb, b.Capacity.DiskMb
 	}
-	r := fleet.Report{Values: v}
+	r := fleet.Report{Values: v, Address: or(b.Address, ""), CSRPEM: or(b.CsrPem, "")}
+	if c := b.Certificate; c != nil {
+		r.CertExpires = c.ExpiresAt
+		r.Values.Served, _ = hex.DecodeString(c.Sha256) // the contract allows nothing else
+	}
 	if b.Templates == nil {
 		return r
 	}

@@ -2,7 +2,10 @@
 // they turn into. It stores nothing and decides nothing about resources.
 package auth
 
-import "context"
+import (
+	"context"
+	"time"
+)
 
 // Principal is who makes a request. Exactly one of UserID, KeyID and HostID is set.
 type Principal struct {
@@ -10,11 +13,12 @@ type Principal struct {
 	KeyID  string
 	HostID string
 
-	TeamID  string // of a user or key
-	Email   string // of a user
-	Name    string // of a user
-	Role    string // of a user in the team: owner or member
-	IsAdmin bool   // of the platform
+	TeamID  string    // of a user or key
+	Email   string    // of a user
+	Name    string    // of a user
+	Role    string    // of a user in the team: owner or member
+	IsAdmin bool      // of the platform
+	Expires time.Time // when a host's token ends
 }
 
 // ActorType is the principal's kind as the audit log names it.

@@ -85,32 +85,32 @@ func TestTokens(t *testing.T) {
 	if err != nil || !expires.Equal(now.Add(6*time.Hour)) {
 		t.Fatal(expires, err)
 	}
-	host, err := tokens.SignHost("host-1")
+	host, err := tokens.SignHost("host-1", 365*24*time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if c, err := tokens.VerifyUser(user); err != nil || c.Subject != "user-1" || c.TeamID != "team-1" || c.Role != "owner" || c.ID == "" {
 		t.Errorf("%+v %v", c, err)
 	}
-	if id, err := tokens.VerifyHost(host); err != nil || id != "host-1" {
+	if id, _, err := tokens.VerifyHost(host); err != nil || id != "host-1" {
 		t.Errorf("%s %v", id, err)
 	}
 	if _, err := tokens.VerifyUser(host); err == nil {
 		t.Error("a host token passed as a user's")
 	}
-	if _, err := tokens.VerifyHost(user); err == nil {
+	if _, _, err := tokens.VerifyHost(user); err == nil {
 		t.Error("a user token passed as a host's")
 	}
 	now = now.Add(UserTokenLifetime + time.Second)
 	if _, err := tokens.VerifyUser(user); err == nil {
 		t.Error("an expired user token passed")
 	}
-	now = now.Add(HostTokenLifetime - UserTokenLifetime - 2*time.Second)
-	if _, err := tokens.VerifyHost(host); err != nil {
+	now = now.Add(365*24*time.Hour - UserTokenLifetime - 2*time.Second)
+	if _, _, err := tokens.VerifyHost(host); err != nil {
 		t.Errorf("a host token of nearly a year: %v", err)
 	}
 	now = now.Add(2 * time.Second)
-	if _, err := tokens.VerifyHost(host); err == nil {
+	if _, _, err := tokens.VerifyHost(host); err == nil {
 		t.Error("an expired host token passed")
 	}
 }

@@ -9,11 +9,8 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// Lifetimes of tokens.
-const (
-	UserTokenLifetime = 6 * time.Hour
-	HostTokenLifetime = 365 * 24 * time.Hour
-)
+// UserTokenLifetime is how long a user stays logged in.
+const UserTokenLifetime = 6 * time.Hour
 
 // MinSecret is the least length of the signing secret, in bytes (RFC 7518 §3.2: the hash's output).
 const MinSecret = 32
@@ -56,10 +53,10 @@ func (t *Tokens) SignUser(userID, teamID, email, role string) (string, time.Time
 	return token, reg.ExpiresAt.Time, err
 }
 
-// SignHost makes a host token.
-func (t *Tokens) SignHost(hostID string) (string, error) {
+// SignHost makes a host token that is good for life.
+func (t *Tokens) SignHost(hostID string, life time.Duration) (string, error) {
 	typ := typHost
-	return t.sign(&hostClaims{Typ: &typ, RegisteredClaims: t.registered(hostID, HostTokenLifetime)})
+	return t.sign(&hostClaims{Typ: &typ, RegisteredClaims: t.registered(hostID, life)})
 }
 
 // VerifyUser gives the claims of a user token.
@@ -77,17 +74,17 @@ func (t *Tokens) VerifyUser(token string) (*UserClaims, error) {
 	return &c, nil
 }
 
-// VerifyHost gives the id of the host that the token belongs to. Whether the host still exists is the
-// caller's to check.
-func (t *Tokens) VerifyHost(token string) (string, error) {
+// VerifyHost gives the id of the host that the token belongs to and when the token expires. Whether the
+// host still exists is the caller's to check.
+func (t *Tokens) VerifyHost(token string) (hostID string, expires time.Time, err error) {
 	var c hostClaims
 	if err := t.parse(token, &c); err != nil {
-		return "", err
+		return "", time.Time{}, err
 	}
 	if c.Typ == nil || *c.Typ != typHost || c.Subject == "" {
-		return "", errors.New("not a host token")
+		return "", time.Time{}, errors.New("not a host token")
 	}
-	return c.Subject, nil
+	return c.Subject, c.ExpiresAt.Time, nil
 }
 
 func (t *Tokens) registered(subject string, life time.Duration) jwt.RegisteredClaims {

@@ -91,7 +91,7 @@ func (f *Fleet) compare(ctx context.Context, h db.HostsToReconcileRow) error {
 	if err != nil {
 		return err
 	}
-	target := agents.Target{HostID: h.ID, Address: deref(h.Address), Fingerprint: h.CertFingerprint}
+	target := agents.Target{HostID: h.ID, Address: deref(h.Address), Fingerprint: h.CertFingerprint, Next: h.NextCertFingerprint}
 	res, err := f.agents.Service(target).ListSandboxes(ctx, connect.NewRequest(&agentv1.ListSandboxesRequest{}))
 	if err != nil {
 		return rpc.FromConnect(err)

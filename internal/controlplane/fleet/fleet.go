@@ -43,6 +43,8 @@ type Times struct {
 	DeleteLimit    time.Duration // for the agent to remove one
 	RetryFor       time.Duration // how long an unreachable agent is asked again within one operation
 	GiveUpAfter    time.Duration // a create that no replica could finish by then has failed
+
+	HostCredentials time.Duration // how long a host's token and certificate are good; renewed when a third is left
 }
 
 // DefaultTimes are the product's.
@@ -51,7 +53,7 @@ func DefaultTimes() Times {
 		HostSilence: 90 * time.Second, MonitorEvery: 5 * time.Second,
 		ReconcileEvery: 2 * time.Second, ReconcileAge: 5 * time.Minute,
 		Lease: 30 * time.Second, CreateLimit: 2 * time.Minute, DeleteLimit: time.Minute,
-		RetryFor: 20 * time.Second, GiveUpAfter: 5 * time.Minute,
+		RetryFor: 20 * time.Second, GiveUpAfter: 5 * time.Minute, HostCredentials: 365 * 24 * time.Hour,
 	}
 }
 

@@ -140,7 +140,7 @@ func (f *Fleet) ask(ctx context.Context, hostID string, retryFor time.Duration, 
 		if !host.MTLSEnabled || host.Address == nil {
 			return wrenn.Errorf(wrenn.KindHostUnavailable, "the sandbox's host has no certificate; delete it and register it again")
 		}
-		err = rpc.FromConnect(call(ctx, agents.Target{HostID: host.ID, Address: *host.Address, Fingerprint: host.CertFingerprint}))
+		err = rpc.FromConnect(call(ctx, agents.Target{HostID: host.ID, Address: *host.Address, Fingerprint: host.CertFingerprint, Next: host.NextCertFingerprint}))
 		if wrenn.KindOf(err) != wrenn.KindHostUnavailable || time.Now().Add(wait).After(deadline) {
 			return err
 		}

@@ -61,12 +61,12 @@ func (f *Fleet) Register(ctx context.Context, requestID string, r RegisterReques
 		return Registered{}, badToken()
 	}
 	out := Registered{}
-	if out.Token, err = f.tokens.SignHost(hostID); err != nil {
+	if out.Token, err = f.tokens.SignHost(hostID, f.times.HostCredentials); err != nil {
 		return Registered{}, err
 	}
 	var fingerprint []byte
 	if r.CSRPEM != "" {
-		cert, fp, err := f.ca.SignHost([]byte(r.CSRPEM), hostID, time.Now())
+		cert, fp, err := f.ca.SignHost([]byte(r.CSRPEM), hostID, time.Now(), f.times.HostCredentials)
 		if err != nil {
 			return Registered{}, err
 		}

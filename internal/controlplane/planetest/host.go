@@ -40,6 +40,7 @@ type Host struct {
 
 	plane *Plane
 	tls   *tls.Config
+	cert  *tls.Certificate
 	guest http.Handler
 
 	mu       sync.Mutex
@@ -102,7 +103,8 @@ func (p *Plane) register(token string) *Host {
 	if !pool.AppendCertsFromPEM([]byte(reg.CACert)) {
 		t.Fatal("registration gave no CA certificate")
 	}
-	h.tls = rpc.ServerTLS(cert, pool)
+	h.cert = &cert
+	h.tls = rpc.ServerTLS(h.Certificate, pool)
 	h.guest, h.Home = newGuest(t)
 	h.serve(ln)
 	t.Cleanup(h.Stop)
@@ -145,6 +147,32 @@ func (h *Host) serve(ln net.Listener) {
 	h.server = srv
 	h.mu.Unlock()
 	go func() { _ = srv.ServeTLS(ln, "", "") }()
+}
+
+// Certificate is the one that the agent shows.
+func (h *Host) Certificate() *tls.Certificate {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.cert
+}
+
+// Show has the agent show another certificate on new connections.
+func (h *Host) Show(cert tls.Certificate) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.cert = &cert
+}
+
+// Move has the agent listen elsewhere, and there only.
+func (h *Host) Move() {
+	h.plane.t.Helper()
+	h.Stop()
+	ln, err := listen("127.0.0.1:0")
+	if err != nil {
+		h.plane.t.Fatal(err)
+	}
+	h.Address = ln.Addr().String()
+	h.serve(ln)
 }
 
 // Stop ends the agent, as kill -9 would: its sandboxes stay.

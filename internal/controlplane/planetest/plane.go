@@ -81,7 +81,7 @@ func (l *Log) String() string {
 func Times() fleet.Times {
 	return fleet.Times{
 		HostSilence: 90 * time.Second, MonitorEvery: 50 * time.Millisecond, ReconcileEvery: 50 * time.Millisecond, ReconcileAge: time.Hour,
-		Lease: time.Second, CreateLimit: 20 * time.Second, DeleteLimit: 10 * time.Second, RetryFor: 2 * time.Second, GiveUpAfter: time.Minute,
+		Lease: time.Second, CreateLimit: 20 * time.Second, DeleteLimit: 10 * time.Second, RetryFor: 2 * time.Second, GiveUpAfter: time.Minute, HostCredentials: 24 * time.Hour,
 	}
 }
 

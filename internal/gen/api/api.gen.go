@@ -490,18 +490,41 @@ type Health struct {
 // HealthStatus defines model for Health.Status.
 type HealthStatus string
 
+// HeartbeatInstructions defines model for HeartbeatInstructions.
+type HeartbeatInstructions struct {
+	CaCertPem *string `json:"ca_cert_pem,omitempty"`
+
+	// CertPem The certificate that was asked for with csr_pem
+	CertPem *string `json:"cert_pem,omitempty"`
+
+	// RenewCertificate The next heartbeat is to carry csr_pem
+	RenewCertificate *bool `json:"renew_certificate,omitempty"`
+
+	// Token To be used as X-Host-Token from now on
+	Token *string `json:"token,omitempty"`
+}
+
 // HeartbeatRequest defines model for HeartbeatRequest.
 type HeartbeatRequest struct {
 	Acceleration *string `json:"acceleration,omitempty"`
 
+	// Address ip:port at which the control plane reaches the agent, as the agent was started with
+	Address *string `json:"address,omitempty"`
+
 	// Capacity What the host offers to sandboxes in all; what is absent is worked out from the specs
-	Capacity     *HostCapacity `json:"capacity,omitempty"`
-	CPUModel     *string       `json:"cpu_model,omitempty"`
-	Draining     *bool         `json:"draining,omitempty"`
-	Driver       *string       `json:"driver,omitempty"`
-	FreeDiskMb   *int64        `json:"free_disk_mb,omitempty"`
-	FreeMemoryMb *int64        `json:"free_memory_mb,omitempty"`
-	Load1        *float64      `json:"load1,omitempty"`
+	Capacity *HostCapacity `json:"capacity,omitempty"`
+
+	// Certificate The certificate that the host's agent serves
+	Certificate *HostCertificate `json:"certificate,omitempty"`
+	CPUModel    *string          `json:"cpu_model,omitempty"`
+
+	// CsrPem PKCS #10 request for a certificate that replaces the present one; sent after `renew_certificate`
+	CsrPem       *string  `json:"csr_pem,omitempty"`
+	Draining     *bool    `json:"draining,omitempty"`
+	Driver       *string  `json:"driver,omitempty"`
+	FreeDiskMb   *int64   `json:"free_disk_mb,omitempty"`
+	FreeMemoryMb *int64   `json:"free_memory_mb,omitempty"`
+	Load1        *float64 `json:"load1,omitempty"`
 
 	// Running Sandboxes that run
 	Running *int32 `json:"running,omitempty"`
@@ -573,6 +596,14 @@ type HostCapacity struct {
 	DiskMb   *int64 `json:"disk_mb,omitempty"`
 	MemoryMb *int64 `json:"memory_mb,omitempty"`
 	Vcpus    *int32 `json:"vcpus,omitempty"`
+}
+
+// HostCertificate The certificate that the host's agent serves
+type HostCertificate struct {
+	ExpiresAt time.Time `json:"expires_at"`
+
+	// Sha256 Of its DER form
+	Sha256 string `json:"sha256"`
 }
 
 // HostList defines model for HostList.
@@ -3326,6 +3357,20 @@ type HeartbeatHostRequestObject struct {
 
 type HeartbeatHostResponseObject interface {
 	VisitHeartbeatHostResponse(w http.ResponseWriter) error
+}
+
+type HeartbeatHost200JSONResponse HeartbeatInstructions
+
+func (response HeartbeatHost200JSONResponse) VisitHeartbeatHostResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
 }
 
 type HeartbeatHost204Response struct {

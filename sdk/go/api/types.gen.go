@@ -479,18 +479,41 @@ type Health struct {
 // HealthStatus defines model for Health.Status.
 type HealthStatus string
 
+// HeartbeatInstructions defines model for HeartbeatInstructions.
+type HeartbeatInstructions struct {
+	CaCertPem string `json:"ca_cert_pem,omitempty,omitzero"`
+
+	// CertPem The certificate that was asked for with csr_pem
+	CertPem string `json:"cert_pem,omitempty,omitzero"`
+
+	// RenewCertificate The next heartbeat is to carry csr_pem
+	RenewCertificate bool `json:"renew_certificate,omitempty,omitzero"`
+
+	// Token To be used as X-Host-Token from now on
+	Token string `json:"token,omitempty,omitzero"`
+}
+
 // HeartbeatRequest defines model for HeartbeatRequest.
 type HeartbeatRequest struct {
 	Acceleration string `json:"acceleration,omitempty,omitzero"`
 
+	// Address ip:port at which the control plane reaches the agent, as the agent was started with
+	Address string `json:"address,omitempty,omitzero"`
+
 	// Capacity What the host offers to sandboxes in all; what is absent is worked out from the specs
-	Capacity     HostCapacity `json:"capacity,omitempty,omitzero"`
-	CPUModel     string       `json:"cpu_model,omitempty,omitzero"`
-	Draining     bool         `json:"draining,omitempty,omitzero"`
-	Driver       string       `json:"driver,omitempty,omitzero"`
-	FreeDiskMB   int64        `json:"free_disk_mb,omitempty,omitzero"`
-	FreeMemoryMB int64        `json:"free_memory_mb,omitempty,omitzero"`
-	Load1        float64      `json:"load1,omitempty,omitzero"`
+	Capacity HostCapacity `json:"capacity,omitempty,omitzero"`
+
+	// Certificate The certificate that the host's agent serves
+	Certificate HostCertificate `json:"certificate,omitempty,omitzero"`
+	CPUModel    string          `json:"cpu_model,omitempty,omitzero"`
+
+	// CsrPem PKCS #10 request for a certificate that replaces the present one; sent after `renew_certificate`
+	CsrPem       string  `json:"csr_pem,omitempty,omitzero"`
+	Draining     bool    `json:"draining,omitempty,omitzero"`
+	Driver       string  `json:"driver,omitempty,omitzero"`
+	FreeDiskMB   int64   `json:"free_disk_mb,omitempty,omitzero"`
+	FreeMemoryMB int64   `json:"free_memory_mb,omitempty,omitzero"`
+	Load1        float64 `json:"load1,omitempty,omitzero"`
 
 	// Running Sandboxes that run
 	Running int32 `json:"running,omitempty,omitzero"`
@@ -562,6 +585,14 @@ type HostCapacity struct {
 	DiskMB   int64 `json:"disk_mb,omitempty,omitzero"`
 	MemoryMB int64 `json:"memory_mb,omitempty,omitzero"`
 	Vcpus    int32 `json:"vcpus,omitempty,omitzero"`
+}
+
+// HostCertificate The certificate that the host's agent serves
+type HostCertificate struct {
+	ExpiresAt time.Time `json:"expires_at"`
+
+	// Sha256 Of its DER form
+	Sha256 string `json:"sha256"`
 }
 
 // HostList defines model for HostList.

@@ -76,7 +76,7 @@ func (q *Queries) DropHostTemplates(ctx context.Context, arg DropHostTemplatesPa
 }
 
 const getHost = `-- name: GetHost :one
-SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled FROM hosts
+SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint FROM hosts
 WHERE id = $1 AND deleted_at IS NULL AND ($2::text IS NULL OR team_id = $2)
 `
 
@@ -123,6 +123,7 @@ func (q *Queries) GetHost(ctx context.Context, arg GetHostParams) (Host, error) 
 		&i.ReconciledAt,
 		&i.CertFingerprint,
 		&i.MTLSEnabled,
+		&i.NextCertFingerprint,
 	)
 	return i, err
 }
@@ -148,9 +149,11 @@ UPDATE hosts SET
     load1 = coalesce($16, load1),
     running = coalesce($17, running),
     sandboxes_limit = coalesce($18, sandboxes_limit),
-    state_revision = coalesce($19, state_revision)
-WHERE id = $20 AND deleted_at IS NULL AND status <> 'pending'
-RETURNING id, type, team_id
+    state_revision = coalesce($19, state_revision),
+    cert_fingerprint = CASE WHEN next_cert_fingerprint = $20 THEN next_cert_fingerprint ELSE cert_fingerprint END,
+    next_cert_fingerprint = CASE WHEN next_cert_fingerprint = $20 THEN NULL ELSE next_cert_fingerprint END
+WHERE id = $21 AND deleted_at IS NULL AND status <> 'pending'
+RETURNING id, type, team_id, mtls_enabled
 `
 
 type HeartbeatParams struct {
@@ -173,13 +176,15 @@ type HeartbeatParams struct {
 	Running          *int32
 	SandboxesLimit   *int32
 	StateRevision    *int64
+	Served           []byte
 	ID               string
 }
 
 type HeartbeatRow struct {
-	ID     string
-	Type   string
-	TeamID *string
+	ID          string
+	Type        string
+	TeamID      *string
+	MTLSEnabled bool
 }
 
 func (q *Queries) Heartbeat(ctx context.Context, arg HeartbeatParams) (HeartbeatRow, error) {
@@ -203,10 +208,16 @@ func (q *Queries) Heartbeat(ctx context.Context, arg HeartbeatParams) (Heartbeat
 		arg.Running,
 		arg.SandboxesLimit,
 		arg.StateRevision,
+		arg.Served,
 		arg.ID,
 	)
 	var i HeartbeatRow
-	err := row.Scan(&i.ID, &i.Type, &i.TeamID)
+	err := row.Scan(
+		&i.ID,
+		&i.Type,
+		&i.TeamID,
+		&i.MTLSEnabled,
+	)
 	return i, err
 }
 
@@ -294,7 +305,7 @@ func (q *Queries) HostsByStatus(ctx context.Context) ([]HostsByStatusRow, error)
 }
 
 const hostsToReconcile = `-- name: HostsToReconcile :many
-SELECT id, address, cert_fingerprint, state_revision FROM hosts
+SELECT id, address, cert_fingerprint, next_cert_fingerprint, state_revision FROM hosts
 WHERE status = 'online' AND deleted_at IS NULL AND mtls_enabled
   AND (applied_revision <> state_revision OR reconciled_at IS NULL OR reconciled_at < now() - $1::interval)
 ORDER BY reconciled_at NULLS FIRST
@@ -307,10 +318,11 @@ type HostsToReconcileParams struct {
 }
 
 type HostsToReconcileRow struct {
-	ID              string
-	Address         *string
-	CertFingerprint []byte
-	StateRevision   int64
+	ID                  string
+	Address             *string
+	CertFingerprint     []byte
+	NextCertFingerprint []byte
+	StateRevision       int64
 }
 
 // Hosts whose state has moved since it was last compared, or that were not compared for long.
@@ -327,6 +339,7 @@ func (q *Queries) HostsToReconcile(ctx context.Context, arg HostsToReconcilePara
 			&i.ID,
 			&i.Address,
 			&i.CertFingerprint,
+			&i.NextCertFingerprint,
 			&i.StateRevision,
 		); err != nil {
 			return nil, err
@@ -343,7 +356,7 @@ const insertHost = `-- name: InsertHost :one
 
 INSERT INTO hosts (id, type, team_id, provider, availability_zone, created_by)
 VALUES ($1, $2, $3, $4, $5, $6)
-RETURNING id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled
+RETURNING id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint
 `
 
 type InsertHostParams struct {
@@ -401,6 +414,7 @@ func (q *Queries) InsertHost(ctx context.Context, arg InsertHostParams) (Host, e
 		&i.ReconciledAt,
 		&i.CertFingerprint,
 		&i.MTLSEnabled,
+		&i.NextCertFingerprint,
 	)
 	return i, err
 }
@@ -430,7 +444,7 @@ func (q *Queries) InsertHostToken(ctx context.Context, arg InsertHostTokenParams
 }
 
 const listHosts = `-- name: ListHosts :many
-SELECT h.id, h.type, h.team_id, h.provider, h.availability_zone, h.arch, h.cpu_cores, h.memory_mb, h.disk_gb, h.address, h.status, h.last_heartbeat_at, h.created_by, h.created_at, h.updated_at, h.deleted_at, h.draining, h.versions, h.driver, h.acceleration, h.cpu_model, h.capacity_vcpus, h.capacity_memory_mb, h.capacity_disk_mb, h.free_memory_mb, h.free_disk_mb, h.load1, h.running, h.sandboxes_limit, h.state_revision, h.applied_revision, h.reconciled_at, h.cert_fingerprint, h.mtls_enabled, (SELECT count(*) FROM sandboxes s WHERE s.host_id = h.id AND s.deleted_at IS NULL) AS sandboxes
+SELECT h.id, h.type, h.team_id, h.provider, h.availability_zone, h.arch, h.cpu_cores, h.memory_mb, h.disk_gb, h.address, h.status, h.last_heartbeat_at, h.created_by, h.created_at, h.updated_at, h.deleted_at, h.draining, h.versions, h.driver, h.acceleration, h.cpu_model, h.capacity_vcpus, h.capacity_memory_mb, h.capacity_disk_mb, h.free_memory_mb, h.free_disk_mb, h.load1, h.running, h.sandboxes_limit, h.state_revision, h.applied_revision, h.reconciled_at, h.cert_fingerprint, h.mtls_enabled, h.next_cert_fingerprint, (SELECT count(*) FROM sandboxes s WHERE s.host_id = h.id AND s.deleted_at IS NULL) AS sandboxes
 FROM hosts h
 WHERE h.deleted_at IS NULL
   AND ($1::text IS NULL OR h.team_id = $1)
@@ -509,6 +523,7 @@ func (q *Queries) ListHosts(ctx context.Context, arg ListHostsParams) ([]ListHos
 			&i.Host.ReconciledAt,
 			&i.Host.CertFingerprint,
 			&i.Host.MTLSEnabled,
+			&i.Host.NextCertFingerprint,
 			&i.Sandboxes,
 		); err != nil {
 			return nil, err
@@ -522,7 +537,7 @@ func (q *Queries) ListHosts(ctx context.Context, arg ListHostsParams) ([]ListHos
 }
 
 const lockHost = `-- name: LockHost :one
-SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled FROM hosts
+SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint FROM hosts
 WHERE id = $1 AND deleted_at IS NULL AND ($2::text IS NULL OR team_id = $2)
 FOR NO KEY UPDATE
 `
@@ -570,6 +585,7 @@ func (q *Queries) LockHost(ctx context.Context, arg LockHostParams) (Host, error
 		&i.ReconciledAt,
 		&i.CertFingerprint,
 		&i.MTLSEnabled,
+		&i.NextCertFingerprint,
 	)
 	return i, err
 }
@@ -632,12 +648,44 @@ func (q *Queries) MarkSilentHostsOffline(ctx context.Context, silence time.Durat
 	return items, nil
 }
 
+const moveHost = `-- name: MoveHost :execrows
+UPDATE hosts SET address = $1::text, updated_at = now()
+WHERE id = $2 AND deleted_at IS NULL AND status <> 'pending' AND address IS DISTINCT FROM $1::text
+`
+
+type MoveHostParams struct {
+	Address string
+	ID      string
+}
+
+func (q *Queries) MoveHost(ctx context.Context, arg MoveHostParams) (int64, error) {
+	result, err := q.db.Exec(ctx, moveHost, arg.Address, arg.ID)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected(), nil
+}
+
+const offerCertificate = `-- name: OfferCertificate :exec
+UPDATE hosts SET next_cert_fingerprint = $1 WHERE id = $2 AND deleted_at IS NULL AND mtls_enabled
+`
+
+type OfferCertificateParams struct {
+	Fingerprint []byte
+	ID          string
+}
+
+func (q *Queries) OfferCertificate(ctx context.Context, arg OfferCertificateParams) error {
+	_, err := q.db.Exec(ctx, offerCertificate, arg.Fingerprint, arg.ID)
+	return err
+}
+
 const registerHost = `-- name: RegisterHost :one
 UPDATE hosts SET
     status = 'online', arch = $1, cpu_cores = $2, memory_mb = $3, disk_gb = $4, address = $5,
     cert_fingerprint = $6, mtls_enabled = $7, last_heartbeat_at = now(), updated_at = now()
 WHERE id = $8 AND status = 'pending' AND deleted_at IS NULL
-RETURNING id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled
+RETURNING id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint
 `
 
 type RegisterHostParams struct {
@@ -698,6 +746,7 @@ func (q *Queries) RegisterHost(ctx context.Context, arg RegisterHostParams) (Hos
 		&i.ReconciledAt,
 		&i.CertFingerprint,
 		&i.MTLSEnabled,
+		&i.NextCertFingerprint,
 	)
 	return i, err
 }
@@ -772,7 +821,7 @@ func (q *Queries) SupersedeHostTokens(ctx context.Context, hostID string) ([][]b
 }
 
 const systemHost = `-- name: SystemHost :one
-SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled FROM hosts WHERE created_by = 'system' AND deleted_at IS NULL ORDER BY created_at LIMIT 1
+SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint FROM hosts WHERE created_by = 'system' AND deleted_at IS NULL ORDER BY created_at LIMIT 1
 `
 
 func (q *Queries) SystemHost(ctx context.Context) (Host, error) {
@@ -813,6 +862,7 @@ func (q *Queries) SystemHost(ctx context.Context) (Host, error) {
 		&i.ReconciledAt,
 		&i.CertFingerprint,
 		&i.MTLSEnabled,
+		&i.NextCertFingerprint,
 	)
 	return i, err
 }

@@ -43,40 +43,41 @@ type Event struct {
 }
 
 type Host struct {
-	ID               string
-	Type             string
-	TeamID           *string
-	Provider         *string
-	AvailabilityZone *string
-	Arch             *string
-	CPUCores         *int32
-	MemoryMB         *int64
-	DiskGB           *int64
-	Address          *string
-	Status           string
-	LastHeartbeatAt  *time.Time
-	CreatedBy        string
-	CreatedAt        time.Time
-	UpdatedAt        time.Time
-	DeletedAt        *time.Time
-	Draining         bool
-	Versions         json.RawMessage
-	Driver           *string
-	Acceleration     *string
-	CPUModel         *string
-	CapacityVCPUs    *int32
-	CapacityMemoryMB *int64
-	CapacityDiskMB   *int64
-	FreeMemoryMB     *int64
-	FreeDiskMB       *int64
-	Load1            *float64
-	Running          *int32
-	SandboxesLimit   int32
-	StateRevision    int64
-	AppliedRevision  int64
-	ReconciledAt     *time.Time
-	CertFingerprint  []byte
-	MTLSEnabled      bool
+	ID                  string
+	Type                string
+	TeamID              *string
+	Provider            *string
+	AvailabilityZone    *string
+	Arch                *string
+	CPUCores            *int32
+	MemoryMB            *int64
+	DiskGB              *int64
+	Address             *string
+	Status              string
+	LastHeartbeatAt     *time.Time
+	CreatedBy           string
+	CreatedAt           time.Time
+	UpdatedAt           time.Time
+	DeletedAt           *time.Time
+	Draining            bool
+	Versions            json.RawMessage
+	Driver              *string
+	Acceleration        *string
+	CPUModel            *string
+	CapacityVCPUs       *int32
+	CapacityMemoryMB    *int64
+	CapacityDiskMB      *int64
+	FreeMemoryMB        *int64
+	FreeDiskMB          *int64
+	Load1               *float64
+	Running             *int32
+	SandboxesLimit      int32
+	StateRevision       int64
+	AppliedRevision     int64
+	ReconciledAt        *time.Time
+	CertFingerprint     []byte
+	MTLSEnabled         bool
+	NextCertFingerprint []byte
 }
 
 type HostTag struct {

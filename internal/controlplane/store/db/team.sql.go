@@ -466,7 +466,7 @@ func (q *Queries) ListTemplates(ctx context.Context, teamID string) ([]Template,
 }
 
 const placementHosts = `-- name: PlacementHosts :many
-SELECT h.id, h.type, h.team_id, h.provider, h.availability_zone, h.arch, h.cpu_cores, h.memory_mb, h.disk_gb, h.address, h.status, h.last_heartbeat_at, h.created_by, h.created_at, h.updated_at, h.deleted_at, h.draining, h.versions, h.driver, h.acceleration, h.cpu_model, h.capacity_vcpus, h.capacity_memory_mb, h.capacity_disk_mb, h.free_memory_mb, h.free_disk_mb, h.load1, h.running, h.sandboxes_limit, h.state_revision, h.applied_revision, h.reconciled_at, h.cert_fingerprint, h.mtls_enabled,
+SELECT h.id, h.type, h.team_id, h.provider, h.availability_zone, h.arch, h.cpu_cores, h.memory_mb, h.disk_gb, h.address, h.status, h.last_heartbeat_at, h.created_by, h.created_at, h.updated_at, h.deleted_at, h.draining, h.versions, h.driver, h.acceleration, h.cpu_model, h.capacity_vcpus, h.capacity_memory_mb, h.capacity_disk_mb, h.free_memory_mb, h.free_disk_mb, h.load1, h.running, h.sandboxes_limit, h.state_revision, h.applied_revision, h.reconciled_at, h.cert_fingerprint, h.mtls_enabled, h.next_cert_fingerprint,
     coalesce(r.vcpus, 0)::bigint AS reserved_vcpus, coalesce(r.memory_mb, 0)::bigint AS reserved_memory_mb,
     coalesce(r.disk_mb, 0)::bigint AS reserved_disk_mb, coalesce(r.count, 0)::bigint AS reserved_count,
     EXISTS (SELECT 1 FROM host_templates t WHERE t.host_id = h.id AND t.name = $1::text)::boolean AS has_template
@@ -541,6 +541,7 @@ func (q *Queries) PlacementHosts(ctx context.Context, arg PlacementHostsParams) 
 			&i.Host.ReconciledAt,
 			&i.Host.CertFingerprint,
 			&i.Host.MTLSEnabled,
+			&i.Host.NextCertFingerprint,
 			&i.ReservedVCPUs,
 			&i.ReservedMemoryMB,
 			&i.ReservedDiskMB,
@@ -558,7 +559,7 @@ func (q *Queries) PlacementHosts(ctx context.Context, arg PlacementHostsParams) 
 }
 
 const sandboxRoute = `-- name: SandboxRoute :one
-SELECT s.id, s.status, s.default_user, s.host_id, h.address, h.cert_fingerprint, h.mtls_enabled,
+SELECT s.id, s.status, s.default_user, s.host_id, h.address, h.cert_fingerprint, h.next_cert_fingerprint, h.mtls_enabled,
     (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
 FROM sandboxes s JOIN hosts h ON h.id = s.host_id
 WHERE s.team_id = $1 AND s.id = $2 AND s.deleted_at IS NULL
@@ -570,14 +571,15 @@ type SandboxRouteParams struct {
 }
 
 type SandboxRouteRow struct {
-	ID              string
-	Status          string
-	DefaultUser     string
-	HostID          string
-	Address         *string
-	CertFingerprint []byte
-	MTLSEnabled     bool
-	HostOnline      bool
+	ID                  string
+	Status              string
+	DefaultUser         string
+	HostID              string
+	Address             *string
+	CertFingerprint     []byte
+	NextCertFingerprint []byte
+	MTLSEnabled         bool
+	HostOnline          bool
 }
 
 // Where requests into a sandbox go.
@@ -591,6 +593,7 @@ func (q *Queries) SandboxRoute(ctx context.Context, arg SandboxRouteParams) (San
 		&i.HostID,
 		&i.Address,
 		&i.CertFingerprint,
+		&i.NextCertFingerprint,
 		&i.MTLSEnabled,
 		&i.HostOnline,
 	)

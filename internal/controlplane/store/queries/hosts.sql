@@ -68,9 +68,18 @@ UPDATE hosts SET
     load1 = coalesce(sqlc.narg('load1'), load1),
     running = coalesce(sqlc.narg('running'), running),
     sandboxes_limit = coalesce(sqlc.narg('sandboxes_limit'), sandboxes_limit),
-    state_revision = coalesce(sqlc.narg('state_revision'), state_revision)
+    state_revision = coalesce(sqlc.narg('state_revision'), state_revision),
+    cert_fingerprint = CASE WHEN next_cert_fingerprint = sqlc.narg('served') THEN next_cert_fingerprint ELSE cert_fingerprint END,
+    next_cert_fingerprint = CASE WHEN next_cert_fingerprint = sqlc.narg('served') THEN NULL ELSE next_cert_fingerprint END
 WHERE id = @id AND deleted_at IS NULL AND status <> 'pending'
-RETURNING id, type, team_id;
+RETURNING id, type, team_id, mtls_enabled;
+
+-- name: MoveHost :execrows
+UPDATE hosts SET address = @address::text, updated_at = now()
+WHERE id = @id AND deleted_at IS NULL AND status <> 'pending' AND address IS DISTINCT FROM @address::text;
+
+-- name: OfferCertificate :exec
+UPDATE hosts SET next_cert_fingerprint = @fingerprint WHERE id = @id AND deleted_at IS NULL AND mtls_enabled;
 
 -- name: DeleteHost :execrows
 UPDATE hosts SET deleted_at = now(), updated_at = now() WHERE id = @id AND deleted_at IS NULL;
@@ -98,7 +107,7 @@ SELECT status, type, count(*) FROM hosts WHERE deleted_at IS NULL GROUP BY statu
 
 -- name: HostsToReconcile :many
 -- Hosts whose state has moved since it was last compared, or that were not compared for long.
-SELECT id, address, cert_fingerprint, state_revision FROM hosts
+SELECT id, address, cert_fingerprint, next_cert_fingerprint, state_revision FROM hosts
 WHERE status = 'online' AND deleted_at IS NULL AND mtls_enabled
   AND (applied_revision <> state_revision OR reconciled_at IS NULL OR reconciled_at < now() - @max_age::interval)
 ORDER BY reconciled_at NULLS FIRST

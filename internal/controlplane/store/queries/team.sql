@@ -60,7 +60,7 @@ WHERE s.team_id = @team_id AND s.id = @id AND s.deleted_at IS NULL;
 
 -- name: SandboxRoute :one
 -- Where requests into a sandbox go.
-SELECT s.id, s.status, s.default_user, s.host_id, h.address, h.cert_fingerprint, h.mtls_enabled,
+SELECT s.id, s.status, s.default_user, s.host_id, h.address, h.cert_fingerprint, h.next_cert_fingerprint, h.mtls_enabled,
     (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
 FROM sandboxes s JOIN hosts h ON h.id = s.host_id
 WHERE s.team_id = @team_id AND s.id = @id AND s.deleted_at IS NULL;
