@@ -43,6 +43,15 @@ func NewID(prefix string) string {
 	}
 }
 
+// IDFrom makes the id that belongs to 32 bytes: the same for the same ones.
+func IDFrom(prefix string, sum [32]byte) string {
+	out := append([]byte(prefix), '-')
+	for _, b := range sum[:idLength] {
+		out = append(out, idAlphabet[int(b)%len(idAlphabet)])
+	}
+	return string(out)
+}
+
 var idPattern = regexp.MustCompile(`^[a-z]+-[a-z0-9]{25}$`)
 
 // ValidID tells whether id is well formed and has the given prefix.

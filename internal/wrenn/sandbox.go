@@ -5,7 +5,7 @@ import "slices"
 // SandboxState is where a sandbox is in its life.
 //
 //	creating ──► running ◄──► paused ──► (deleted)
-//	    │           │ pausing / resuming while an operation runs
+//	    │           │ pausing / resuming while an operation runs; resuming also while a rollback does
 //	    └► error    └────────► deleting ──► (deleted)
 //
 // `error` is only for a create that failed. A state is never guessed: an unreachable host leaves it
@@ -24,10 +24,10 @@ const (
 
 var sandboxNext = map[SandboxState][]SandboxState{
 	SandboxCreating: {SandboxRunning, SandboxError, SandboxDeleting},
-	SandboxRunning:  {SandboxPausing, SandboxPaused, SandboxDeleting},
-	SandboxPausing:  {SandboxPaused, SandboxRunning},
+	SandboxRunning:  {SandboxPausing, SandboxPaused, SandboxResuming, SandboxDeleting},
+	SandboxPausing:  {SandboxPaused, SandboxRunning, SandboxDeleting},
 	SandboxPaused:   {SandboxResuming, SandboxRunning, SandboxDeleting},
-	SandboxResuming: {SandboxRunning, SandboxPaused},
+	SandboxResuming: {SandboxRunning, SandboxPaused, SandboxDeleting},
 	SandboxError:    {SandboxDeleting},
 	SandboxDeleting: {},
 }

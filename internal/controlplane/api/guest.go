@@ -11,6 +11,7 @@ import (
 	"github.com/wrenn-sandbox/wrenn/internal/controlplane/agents"
 	"github.com/wrenn-sandbox/wrenn/internal/controlplane/auth"
 	"github.com/wrenn-sandbox/wrenn/internal/controlplane/store"
+	"github.com/wrenn-sandbox/wrenn/internal/controlplane/store/db"
 	"github.com/wrenn-sandbox/wrenn/internal/rpc"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
@@ -21,9 +22,17 @@ type guest struct {
 	target agents.Target
 }
 
-// guest finds the way into a sandbox; it must run, and its host must be there.
+// guest finds the way into a sandbox, and wakes it if its owner allowed that; it must run, and its host must
+// be there.
 func (s *Server) guest(ctx context.Context, id string) (guest, error) {
-	row, err := s.st.Team(auth.From(ctx).TeamID).SandboxRoute(ctx, id)
+	team := auth.From(ctx).TeamID
+	row, err := s.st.Team(team).SandboxRoute(ctx, id)
+	if err == nil && toBeAwaited(row) {
+		if err := s.Fleet.Wake(ctx, actor(ctx), team, id); err != nil {
+			return guest{}, err
+		}
+		row, err = s.st.Team(team).SandboxRoute(ctx, id)
+	}
 	switch {
 	case store.IsNotFound(err):
 		return guest{}, notFound("sandbox")
@@ -35,6 +44,17 @@ func (s *Server) guest(ctx context.Context, id string) (guest, error) {
 		return guest{}, wrenn.Errorf(wrenn.KindHostUnavailable, "the sandbox's host cannot be reached now; the sandbox itself is not lost; try again").With("host_id", row.HostID)
 	}
 	return guest{row.ID, agents.Target{HostID: row.HostID, Address: *row.Address, Fingerprint: row.CertFingerprint, Next: row.NextCertFingerprint}}, nil
+}
+
+// toBeAwaited tells that a sandbox is about to run, or may be made to.
+func toBeAwaited(row db.SandboxRouteRow) bool {
+	switch wrenn.SandboxState(row.Status) {
+	case wrenn.SandboxPausing, wrenn.SandboxResuming:
+		return true
+	case wrenn.SandboxPaused:
+		return row.AutoResume
+	}
+	return false
 }
 
 // asUser names the user in the guest; empty is the sandbox's default.

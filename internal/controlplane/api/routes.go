@@ -67,6 +67,19 @@ func (s *Server) routes(g gen.ServerInterfaceWrapper) []route {
 		{method: "POST", path: "/v1/sandboxes/{id}/ping", who: team, handler: g.PingSandbox, once: true},
 		{method: "PUT", path: "/v1/sandboxes/{id}/timeout", who: team, handler: g.SetSandboxTimeout, once: true},
 
+		{method: "POST", path: "/v1/sandboxes/{id}/fork", who: team, handler: g.ForkSandbox, once: true},
+		{method: "GET", path: "/v1/sandboxes/{id}/checkpoints", who: team, handler: g.ListCheckpoints},
+		{method: "POST", path: "/v1/sandboxes/{id}/checkpoints", who: team, handler: g.CreateCheckpoint, once: true},
+		{method: "DELETE", path: "/v1/sandboxes/{id}/checkpoints/{cid}", who: team, handler: g.DeleteCheckpoint, once: true},
+		{method: "POST", path: "/v1/sandboxes/{id}/checkpoints/{cid}/rollback", who: team, handler: g.RollbackSandbox, once: true},
+		{method: "GET", path: "/v1/sandboxes/{id}/storage", who: team, handler: g.GetSandboxStorage},
+
+		{method: "GET", path: "/v1/snapshots", who: team, handler: g.ListSnapshots},
+		{method: "POST", path: "/v1/snapshots", who: team, handler: g.CreateSnapshot, once: true},
+		{method: "DELETE", path: "/v1/snapshots/{name}", who: team, handler: g.DeleteSnapshot, once: true},
+
+		{method: "GET", path: "/v1/events", who: team, handler: s.streamEvents},
+
 		{method: "POST", path: "/v1/sandboxes/{id}/exec", who: team, handler: g.ExecSandbox, body: execBody, once: true},
 		{method: "GET", path: "/v1/sandboxes/{id}/exec/stream", who: team, handler: s.execStream},
 		{method: "GET", path: "/v1/sandboxes/{id}/pty", who: team, handler: s.openPTY},

@@ -1,6 +1,7 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"strings"
@@ -45,9 +46,12 @@ func (s *Server) CreateSandbox(ctx context.Context, req gen.CreateSandboxRequest
 	if err := checkMetadata(b.Metadata); err != nil {
 		return nil, err
 	}
+	if b.From != nil && b.Template != nil {
+		return nil, invalid("from", "and template exclude each other; a sandbox begins with one of both")
+	}
 	row, err := s.Fleet.Create(ctx, actor(ctx), auth.From(ctx).TeamID, fleet.Spec{
-		ID: newID(ctx, wrenn.PrefixSandbox), Template: or(b.Template, wrenn.DefaultTemplate), Name: b.Name,
-		VCPUs: or(b.Vcpus, wrenn.DefaultVCPUs), MemoryMB: or(b.MemoryMb, wrenn.DefaultMemoryMB), DiskMB: or(b.DiskMb, 0),
+		ID: newID(ctx, wrenn.PrefixSandbox), Template: or(b.Template, wrenn.DefaultTemplate), From: or(b.From, ""), Name: b.Name,
+		VCPUs: or(b.Vcpus, 0), MemoryMB: or(b.MemoryMb, 0), DiskMB: or(b.DiskMb, 0), AutoResume: or(b.AutoResume, false),
 		TimeoutSec: or(b.TimeoutSec, 0), OnTimeout: wrenn.OnTimeout(or(b.OnTimeout, gen.OnTimeoutPause)),
 		Env: or(b.Env, nil), Metadata: or(b.Metadata, nil), User: or(b.User, ""),
 	})
@@ -169,8 +173,11 @@ func (s *Server) DeleteSandbox(ctx context.Context, req gen.DeleteSandboxRequest
 
 // PauseSandbox implements gen.StrictServerInterface.
 func (s *Server) PauseSandbox(ctx context.Context, req gen.PauseSandboxRequestObject) (gen.PauseSandboxResponseObject, error) {
-	memory := req.Body == nil || or(req.Body.Memory, true)
-	if err := s.Fleet.Pause(ctx, actor(ctx), auth.From(ctx).TeamID, req.ID, memory); err != nil {
+	o := fleet.PauseOptions{Memory: true}
+	if req.Body != nil {
+		o.Memory, o.Durable = or(req.Body.Memory, true), or(req.Body.Durable, false)
+	}
+	if err := s.Fleet.Pause(ctx, actor(ctx), auth.From(ctx).TeamID, req.ID, o); err != nil {
 		return nil, err
 	}
 	sb, err := s.sandbox(ctx, req.ID)
@@ -217,6 +224,7 @@ func sandboxJSON(r db.GetSandboxRow) gen.Sandbox {
 	out := gen.Sandbox{
 		ID: sb.ID, Name: sb.Name, Status: gen.SandboxStatus(sb.Status), Reason: sb.Reason, Template: sb.Template, User: &sb.DefaultUser,
 		Vcpus: sb.VCPUs, MemoryMb: sb.MemoryMB, DiskMb: sb.DiskMB, TimeoutSec: sb.TimeoutSec, OnTimeout: gen.OnTimeout(sb.OnTimeout), Metadata: metadata,
+		AutoResume: sb.AutoResume, Cold: sb.Cold, DurableAt: utc(sb.DurableAt), From: cmp.Or(sb.FromCheckpoint, sb.FromSandbox, sb.FromSnapshot),
 		HostID: sb.HostID, HostOnline: r.HostOnline, Revision: sb.Revision, CreatedAt: sb.CreatedAt.UTC(), StartedAt: utc(sb.StartedAt), LastActiveAt: utc(sb.LastActiveAt),
 	}
 	if sb.TimeoutSec > 0 && sb.LastActiveAt != nil && sb.Status == string(wrenn.SandboxRunning) {

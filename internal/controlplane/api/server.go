@@ -45,6 +45,7 @@ type Server struct {
 	metrics *metrics
 	mux     *http.ServeMux
 	streams context.Context // ends when open streams shall
+	hub     *hub
 }
 
 // New makes a Server. Streams that are open when ctx ends are closed.
@@ -53,7 +54,10 @@ func New(ctx context.Context, d Deps) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{Deps: d, st: d.Store, log: d.Log, spec: sp, mux: http.NewServeMux(), streams: ctx}
+	s := &Server{Deps: d, st: d.Store, log: d.Log, spec: sp, mux: http.NewServeMux(), streams: ctx, hub: &hub{followers: map[string]map[chan struct{}]bool{}}}
+	if d.Redis != nil {
+		go s.hub.run(ctx, d.Redis)
+	}
 	s.metrics = newMetrics(prometheus.NewRegistry(), d.Store, d.Fleet)
 	strict := gen.NewStrictHandlerWithOptions(s, nil, gen.StrictHTTPServerOptions{
 		RequestErrorHandlerFunc: func(w http.ResponseWriter, r *http.Request, err error) {

@@ -121,7 +121,9 @@ func (f *Fleet) act(ctx context.Context, hostID string, target agents.Target, a 
 	case ActionApply:
 		return f.applyReport(ctx, hostID, a)
 	case ActionTouch:
-		return f.store.ApplyActivity(ctx, db.ApplyActivityParams{ID: a.ID, HostID: hostID, LastActiveAt: a.Observed.LastActiveAt})
+		return f.store.ApplyActivity(ctx, db.ApplyActivityParams{
+			ID: a.ID, HostID: hostID, LastActiveAt: a.Observed.LastActiveAt, Revision: int64(a.Observed.Revision), DurableAt: a.Observed.DurableAt,
+		})
 	case ActionMissing:
 		reason := missingReason
 		n, err := f.store.MarkMissing(ctx, db.MarkMissingParams{ID: a.ID, HostID: hostID, FormerStatus: string(a.From), Revision: int64(a.Revision), Reason: &reason})
@@ -148,7 +150,7 @@ func (f *Fleet) applyReport(ctx context.Context, hostID string, a Action) error 
 		}
 		row, err := tx.ApplyReport(ctx, db.ApplyReportParams{
 			ID: a.ID, HostID: hostID, FormerStatus: string(a.From), Status: string(a.Observed.State), Reason: reason,
-			Revision: int64(a.Revision), LastActiveAt: &a.Observed.LastActiveAt,
+			Revision: int64(a.Revision), LastActiveAt: &a.Observed.LastActiveAt, DurableAt: a.Observed.DurableAt, Needs: a.Observed.Needs,
 		})
 		if err != nil {
 			return ignoreNotFound(err) // something newer was written meanwhile
@@ -174,6 +176,11 @@ func observe(s *agentv1.Sandbox) Observed {
 	if s.GetLastActiveAt() != nil {
 		o.LastActiveAt = s.GetLastActiveAt().AsTime()
 	}
+	if s.GetDurableAt() != nil {
+		at := s.GetDurableAt().AsTime()
+		o.DurableAt = &at
+	}
+	o.Needs = needsOf(s.GetNeeds())
 	return o
 }
 

@@ -60,24 +60,11 @@ func (f *Fleet) expireOne(ctx context.Context, row db.Sandbox) error {
 	if row.OnTimeout == string(wrenn.OnTimeoutKill) {
 		return f.kill(ctx, row)
 	}
-	err := f.change(ctx, systemActor(), row.TeamID, row.ID, "sandbox.pause", wrenn.SandboxRunning, func(ctx context.Context, t agents.Target, op string) (*agentv1.Sandbox, error) {
-		res, err := f.pauseIdle(ctx, t, row, op)
-		return res.GetSandbox(), err
-	})
+	err := f.Pause(ctx, systemActor(), row.TeamID, row.ID, PauseOptions{Memory: true, IdleSec: uint32(row.TimeoutSec)})
 	if wrenn.KindOf(err) == wrenn.KindConflict { // it is in use
 		return f.store.ApplyActivity(ctx, db.ApplyActivityParams{ID: row.ID, HostID: row.HostID, LastActiveAt: time.Now()})
 	}
 	return err
-}
-
-func (f *Fleet) pauseIdle(ctx context.Context, t agents.Target, row db.Sandbox, op string) (*agentv1.PauseSandboxResponse, error) {
-	res, err := f.agents.Service(t).PauseSandbox(ctx, connect.NewRequest(&agentv1.PauseSandboxRequest{
-		Id: row.ID, OperationId: op, DiskOnly: row.OnTimeout == string(wrenn.OnTimeoutKill), IdleSec: uint32(row.TimeoutSec),
-	}))
-	if err != nil {
-		return nil, err
-	}
-	return res.Msg, nil
 }
 
 // kill ends an idle sandbox. Only a host that agreed to pause it can tell that it was idle, so it is paused
@@ -95,7 +82,9 @@ func (f *Fleet) kill(ctx context.Context, row db.Sandbox) error {
 	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), f.times.CreateLimit)
 	defer cancel()
 	err = f.ask(limited, row.HostID, f.times.RetryFor, func(ctx context.Context, t agents.Target) error {
-		_, err := f.pauseIdle(ctx, t, row, op)
+		_, err := f.agents.Service(t).PauseSandbox(ctx, connect.NewRequest(&agentv1.PauseSandboxRequest{
+			Id: row.ID, OperationId: op, DiskOnly: true, IdleSec: uint32(row.TimeoutSec),
+		}))
 		return err
 	})
 	switch wrenn.KindOf(err) {

@@ -80,6 +80,7 @@ type Fleet struct {
 	times  Times
 	log    *slog.Logger
 	work   sync.WaitGroup
+	wakes  sync.Map // sandbox id → *wake, those under way
 	stats  *Stats
 }
 
@@ -98,6 +99,7 @@ func (f *Fleet) Run(ctx context.Context) {
 	wg.Go(func() { f.store.Lead(ctx, store.LockReconcile, f.reconcile) })
 	wg.Go(func() { f.store.Lead(ctx, store.LockOutbox, f.relayEvents) })
 	wg.Go(func() { f.store.Lead(ctx, store.LockExpiry, f.expire) })
+	wg.Go(func() { f.store.Lead(ctx, store.LockMoments, f.compareMoments) })
 	wg.Wait()
 }
 

@@ -172,6 +172,11 @@ func (f *Fleet) DeleteHost(ctx context.Context, by Actor, scope Scope, id string
 		} else if n > 0 {
 			return wrenn.Errorf(wrenn.KindInUse, "the host has %d sandboxes; delete them first", n).With("sandboxes", n)
 		}
+		if n, err := tx.SnapshotCountOfHost(ctx, id); err != nil {
+			return err
+		} else if n > 0 {
+			return wrenn.Errorf(wrenn.KindInUse, "%d snapshots of teams lie on the host only; delete them first", n).With("snapshots", n)
+		}
 		if _, err := tx.SupersedeHostTokens(ctx, id); err != nil {
 			return err
 		}

@@ -10,8 +10,8 @@ import (
 
 const (
 	purgeEvery = 10 * time.Minute
-	relayEvery = time.Second
-	relayLimit = 200
+	relayEvery = 200 * time.Millisecond
+	relayLimit = 500
 
 	// EventsTopic is where the outbox is published in Redis.
 	EventsTopic = "wrenn:events"
@@ -53,8 +53,8 @@ func (f *Fleet) markOffline(ctx context.Context) error {
 	})
 }
 
-// relayEvents publishes the outbox in order; one replica runs it. An event may be published twice, never
-// not at all.
+// relayEvents gives events their order and publishes them in it; one replica runs it. An event may be published
+// twice, never not at all.
 func (f *Fleet) relayEvents(ctx context.Context) {
 	every(ctx, relayEvery, func(ctx context.Context) {
 		for {
@@ -69,7 +69,20 @@ func (f *Fleet) relayEvents(ctx context.Context) {
 	})
 }
 
+func (f *Fleet) orderEvents(ctx context.Context) error {
+	return f.store.Tx(ctx, func(tx store.Tx) error {
+		if err := tx.LockEventOrder(ctx); err != nil {
+			return err
+		}
+		_, err := tx.OrderEvents(ctx, relayLimit)
+		return err
+	})
+}
+
 func (f *Fleet) relayOnce(ctx context.Context) (int, error) {
+	if err := f.orderEvents(ctx); err != nil {
+		return 0, err
+	}
 	events, err := f.store.UnpublishedEvents(ctx, relayLimit)
 	if err != nil || len(events) == 0 {
 		return 0, err
@@ -78,7 +91,7 @@ func (f *Fleet) relayOnce(ctx context.Context) (int, error) {
 	for i, e := range events {
 		ids[i] = e.ID
 		raw, err := json.Marshal(map[string]any{
-			"id": e.ID, "type": e.Type, "team_id": e.TeamID, "subject": e.Subject, "data": e.Data, "created_at": e.CreatedAt.UTC(),
+			"id": e.Seq, "type": e.Type, "team_id": e.TeamID, "subject": e.Subject, "data": e.Data, "created_at": e.CreatedAt.UTC(),
 		})
 		if err != nil {
 			return 0, err

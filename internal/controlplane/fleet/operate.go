@@ -40,14 +40,21 @@ func (f *Fleet) finishCreate(ctx context.Context, row db.Sandbox) error {
 	if err != nil {
 		return f.failCreate(context.WithoutCancel(ctx), row, err)
 	}
+	return f.writeCreated(ctx, row, made)
+}
+
+// writeCreated writes that a host has made the sandbox of a row in `creating`.
+func (f *Fleet) writeCreated(ctx context.Context, row db.Sandbox, made *agentv1.Sandbox) error {
 	f.stats.Created.Add(1)
 	started := made.GetStartedAt().AsTime()
 	if made.GetStartedAt() == nil {
 		started = time.Now()
 	}
 	var latest db.Sandbox
-	err = f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
-		_, err := tx.FinishCreate(ctx, db.FinishCreateParams{ID: row.ID, OperationID: row.OperationID, Revision: int64(made.GetRevision()), StartedAt: &started})
+	err := f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
+		_, err := tx.FinishCreate(ctx, db.FinishCreateParams{
+			ID: row.ID, OperationID: row.OperationID, Revision: int64(made.GetRevision()), StartedAt: &started, Cold: made.GetCold(),
+		})
 		if store.IsNotFound(err) { // another replica was quicker, or its owner does not want it any more
 			latest, err = tx.SandboxByID(ctx, row.ID)
 			return err
@@ -115,6 +122,9 @@ func (f *Fleet) finishDelete(ctx context.Context, row db.Sandbox, retryFor time.
 		if _, err := tx.FinishDelete(ctx, row.ID); err != nil {
 			return ignoreNotFound(err)
 		}
+		if err := tx.DropCheckpointsOf(ctx, row.ID); err != nil { // they lay with it
+			return err
+		}
 		return event(ctx, tx, "sandbox.deleted", &row.TeamID, row.ID, nil)
 	})
 }
@@ -170,8 +180,8 @@ func (f *Fleet) persist(ctx context.Context, fn func(context.Context, store.Tx) 
 	}
 }
 
-// keepLease renews the lease of a row until stop is called.
-func (f *Fleet) keepLease(ctx context.Context, row db.Sandbox) (stop func()) {
+// keepLease renews the leases of rows until stop is called.
+func (f *Fleet) keepLease(ctx context.Context, rows ...db.Sandbox) (stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
 	go func() {
@@ -184,9 +194,11 @@ func (f *Fleet) keepLease(ctx context.Context, row db.Sandbox) (stop func()) {
 				return
 			case <-tick.C:
 			}
-			_, err := f.store.ExtendWork(ctx, db.ExtendWorkParams{ID: row.ID, OperationID: row.OperationID, Lease: f.times.Lease})
-			if err != nil && ctx.Err() == nil {
-				f.log.Warn("renew a lease", "sandbox_id", row.ID, "error", err)
+			for _, row := range rows {
+				_, err := f.store.ExtendWork(ctx, db.ExtendWorkParams{ID: row.ID, OperationID: row.OperationID, Lease: f.times.Lease})
+				if err != nil && ctx.Err() == nil {
+					f.log.Warn("renew a lease", "sandbox_id", row.ID, "error", err)
+				}
 			}
 		}
 	}()
@@ -203,14 +215,29 @@ func createRequest(row db.Sandbox) (*agentv1.CreateSandboxRequest, error) {
 			return nil, err
 		}
 	}
-	hostname := row.ID
-	if row.Name != nil {
-		hostname = *row.Name
-	}
+	hostname := hostnameOf(row)
 	return &agentv1.CreateSandboxRequest{
 		Id: row.ID, OperationId: row.OperationID, Template: row.Template, Vcpus: uint32(row.VCPUs),
-		MemoryMb: uint64(row.MemoryMB), DiskMb: uint64(row.DiskMB), Env: env, User: row.DefaultUser, Hostname: hostname,
+		MemoryMb: uint64(row.MemoryMB), DiskMb: uint64(row.DiskMB), Env: env, User: row.DefaultUser, Hostname: hostname, Source: sourceOf(row),
 	}, nil
+}
+
+func hostnameOf(row db.Sandbox) string {
+	if row.Name != nil {
+		return *row.Name
+	}
+	return row.ID
+}
+
+// sourceOf is the saved moment that a row says the sandbox is made from; nil for a template's image.
+func sourceOf(row db.Sandbox) *agentv1.Source {
+	switch {
+	case row.FromSnapshot != nil:
+		return &agentv1.Source{Moment: &agentv1.Source_SnapshotId{SnapshotId: *row.FromSnapshot}}
+	case row.FromCheckpoint != nil:
+		return &agentv1.Source{Moment: &agentv1.Source_Checkpoint{Checkpoint: &agentv1.CheckpointRef{SandboxId: deref(row.FromSandbox), CheckpointId: *row.FromCheckpoint}}}
+	}
+	return nil
 }
 
 func ignoreNotFound(err error) error {
@@ -227,8 +254,12 @@ func (f *Fleet) takeOver(ctx context.Context, row db.Sandbox) {
 	switch {
 	case row.Status == string(wrenn.SandboxCreating) && time.Since(row.CreatedAt) > f.times.GiveUpAfter:
 		err = f.failCreate(ctx, row, wrenn.Errorf(wrenn.KindHostUnavailable, "the host did not finish the create within %s", f.times.GiveUpAfter))
+	case row.Status == string(wrenn.SandboxCreating) && isFork(row):
+		err = f.settleFork(ctx, row)
 	case row.Status == string(wrenn.SandboxCreating):
 		err = f.finishCreate(ctx, row)
+	case row.Status == string(wrenn.SandboxPausing), row.Status == string(wrenn.SandboxResuming):
+		err = f.settleChange(ctx, row)
 	case row.Status == string(wrenn.SandboxDeleting):
 		err = f.finishDelete(ctx, row, 0)
 	case row.CleanupPending:

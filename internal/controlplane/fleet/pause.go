@@ -2,6 +2,7 @@ package fleet
 
 import (
 	"context"
+	"encoding/json"
 	"time"
 
 	"connectrpc.com/connect"
@@ -13,14 +14,25 @@ import (
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
-// Pausing and resuming are the host's doing from the first step to the last, journaled there. The row only
-// follows: with the answer, or with the host's next report if nobody is left to hear the answer. So no
-// row waits for an operation that nobody performs.
+// A pause, a resume and a rollback take the row first: to `pausing` or `resuming`, with an operation id and
+// a lease, so that of any number of callers one does it and requests into the sandbox know to wait. What
+// comes of it the host alone knows, so whoever ends the operation, also a replica that took it over, writes
+// what the host says.
 
-// Pause pauses a running sandbox, with or without its memory. One that fails leaves it running.
-func (f *Fleet) Pause(ctx context.Context, by Actor, teamID, id string, memory bool) error {
-	return f.change(ctx, by, teamID, id, "sandbox.pause", wrenn.SandboxRunning, func(ctx context.Context, t agents.Target, op string) (*agentv1.Sandbox, error) {
-		res, err := f.agents.Service(t).PauseSandbox(ctx, connect.NewRequest(&agentv1.PauseSandboxRequest{Id: id, OperationId: op, DiskOnly: !memory}))
+// PauseOptions say what a pause keeps and when it answers.
+type PauseOptions struct {
+	Memory  bool
+	Durable bool   // only when the state survives a power cut
+	IdleSec uint32 // if not 0: only if it was idle for so long, else KindConflict
+}
+
+// Pause pauses a running sandbox. One that fails leaves it running.
+func (f *Fleet) Pause(ctx context.Context, by Actor, teamID, id string, o PauseOptions) error {
+	c := change{by: by, teamID: teamID, id: id, action: "sandbox.pause", from: wrenn.SandboxRunning, via: wrenn.SandboxPausing}
+	return f.change(ctx, c, func(ctx context.Context, t agents.Target, op string) (*agentv1.Sandbox, error) {
+		res, err := f.agents.Service(t).PauseSandbox(ctx, connect.NewRequest(&agentv1.PauseSandboxRequest{
+			Id: id, OperationId: op, DiskOnly: !o.Memory, IdleSec: o.IdleSec, Durable: o.Durable,
+		}))
 		if err != nil {
 			return nil, err
 		}
@@ -30,7 +42,8 @@ func (f *Fleet) Pause(ctx context.Context, by Actor, teamID, id string, memory b
 
 // Resume lets a paused sandbox run again. One that fails leaves it paused.
 func (f *Fleet) Resume(ctx context.Context, by Actor, teamID, id string) error {
-	return f.change(ctx, by, teamID, id, "sandbox.resume", wrenn.SandboxPaused, func(ctx context.Context, t agents.Target, op string) (*agentv1.Sandbox, error) {
+	c := change{by: by, teamID: teamID, id: id, action: "sandbox.resume", from: wrenn.SandboxPaused, via: wrenn.SandboxResuming}
+	return f.change(ctx, c, func(ctx context.Context, t agents.Target, op string) (*agentv1.Sandbox, error) {
 		res, err := f.agents.Service(t).ResumeSandbox(ctx, connect.NewRequest(&agentv1.ResumeSandboxRequest{Id: id, OperationId: op}))
 		if err != nil {
 			return nil, err
@@ -39,47 +52,250 @@ func (f *Fleet) Resume(ctx context.Context, by Actor, teamID, id string) error {
 	})
 }
 
+// change is what is to become of a sandbox.
+type change struct {
+	by         Actor
+	teamID, id string
+	action     string // in the audit log
+	from, via  wrenn.SandboxState
+
+	replaces bool                                  // the saved state by another, which has these needs
+	needs    json.RawMessage                       // then
+	also     func(context.Context, store.Tx) error // in the transaction that takes the row; may be nil
+}
+
+type ask = func(context.Context, agents.Target, string) (*agentv1.Sandbox, error)
+
 // change has a sandbox's host do one thing to it and writes what the host says came of it.
-func (f *Fleet) change(ctx context.Context, by Actor, teamID, id, action string, from wrenn.SandboxState, do func(context.Context, agents.Target, string) (*agentv1.Sandbox, error)) error {
+func (f *Fleet) change(ctx context.Context, c change, do ask) error {
 	f.work.Add(1)
 	defer f.work.Done()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), f.times.CreateLimit)
 	defer cancel()
-	row, err := f.Get(ctx, teamID, id)
+	row, err := f.beginChange(ctx, c)
 	if err != nil {
 		return err
 	}
-	if row.Sandbox.Status != string(from) {
-		return wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is %s, not %s", row.Sandbox.Status, from).With("status", row.Sandbox.Status)
-	}
-	op := wrenn.NewID(wrenn.PrefixOperation)
+	stop := f.keepLease(ctx, row)
 	var now *agentv1.Sandbox
-	err = f.ask(ctx, row.Sandbox.HostID, f.times.RetryFor, func(ctx context.Context, t agents.Target) error {
-		now, err = do(ctx, t, op)
+	err = f.ask(ctx, row.HostID, f.times.RetryFor, func(ctx context.Context, t agents.Target) error {
+		now, err = do(ctx, t, row.OperationID)
 		return err
 	})
+	if err == nil {
+		err = f.writeChange(ctx, row, now)
+		stop()
+		return err
+	}
+	stop()
+	f.log.Info("a change of a sandbox failed", "sandbox_id", row.ID, "action", c.action, "error", err)
+	settling, done := context.WithTimeout(context.WithoutCancel(ctx), f.times.Lease)
+	defer done()
+	if settled := f.settleChange(settling, row); settled != nil {
+		f.log.Info("what became of it is found out later", "sandbox_id", row.ID, "error", settled)
+		if err := f.store.ReleaseWork(settling, db.ReleaseWorkParams{ID: row.ID, OperationID: row.OperationID, Delay: f.times.ReconcileEvery}); err != nil {
+			f.log.Warn("put off an operation", "sandbox_id", row.ID, "error", err)
+		}
+	}
+	return err
+}
+
+// beginChange takes the row, and what a resume needs of the host, in one transaction.
+func (f *Fleet) beginChange(ctx context.Context, c change) (row db.Sandbox, err error) {
+	err = f.store.Tx(ctx, func(tx store.Tx) error {
+		now, err := tx.Team(c.teamID).GetSandbox(ctx, c.id)
+		if store.IsNotFound(err) {
+			return notFound("sandbox")
+		}
+		if err != nil {
+			return err
+		}
+		if now.Sandbox.Status != string(c.from) {
+			return wrongState(now.Sandbox, c.from)
+		}
+		if !now.HostOnline {
+			return hostAway(now.Sandbox.HostID)
+		}
+		if c.replaces {
+			now.Sandbox.Needs = c.needs
+		}
+		if c.from == wrenn.SandboxPaused && c.via == wrenn.SandboxResuming {
+			if err := f.reserveAgain(ctx, tx, now.Sandbox); err != nil {
+				return err
+			}
+		}
+		row, err = tx.Team(c.teamID).BeginChange(ctx, db.BeginChangeParams{
+			ID: c.id, Status: string(c.via), FormerStatus: string(c.from), OperationID: wrenn.NewID(wrenn.PrefixOperation), Lease: f.times.Lease,
+		})
+		if store.IsNotFound(err) { // somebody was quicker
+			return wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is changing; try again").With("status", string(c.via))
+		}
+		if err != nil {
+			return err
+		}
+		if c.also != nil {
+			if err := c.also(ctx, tx); err != nil {
+				return err
+			}
+		}
+		if err := audit(ctx, tx, c.by, &c.teamID, c.action, c.id, nil); err != nil {
+			return err
+		}
+		return event(ctx, tx, "sandbox."+string(c.via), &c.teamID, c.id, nil)
+	})
+	return row, err
+}
+
+// reserveAgain checks that a paused sandbox's host has room for it to run: paused it takes disk only. The
+// host's row is locked from here to the end of the transaction.
+func (f *Fleet) reserveAgain(ctx context.Context, tx store.Tx, row db.Sandbox) error {
+	if _, err := lockHost(ctx, tx, nil, row.HostID); err != nil {
+		return err
+	}
+	needs, err := readNeeds(row.Needs)
 	if err != nil {
 		return err
 	}
+	req := Request{Resources: Resources{VCPUs: int64(row.VCPUs), MemoryMB: int64(row.MemoryMB)}, Template: row.Template, Needs: needs, Resume: true}
+	hosts, err := f.placementHosts(ctx, tx.Team(row.TeamID), &row.HostID, req)
+	if err != nil {
+		return err
+	}
+	if len(hosts) == 0 {
+		return hostAway(row.HostID)
+	}
+	if _, refusal := Place(req, hosts); refusal != nil {
+		f.stats.PlacementFailures.Add(1)
+		return refusal
+	}
+	return nil
+}
+
+// writeChange writes what the host says of a sandbox whose row waits for it.
+func (f *Fleet) writeChange(ctx context.Context, row db.Sandbox, now *agentv1.Sandbox) error {
 	o := observe(now)
-	if o.LastActiveAt.IsZero() || o.State == wrenn.SandboxRunning {
+	if o.State == wrenn.SandboxRunning || o.LastActiveAt.IsZero() {
 		o.LastActiveAt = time.Now() // a resume is an activity
 	}
 	return f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
-		if err := audit(ctx, tx, by, &teamID, action, id, nil); err != nil {
-			return err
-		}
-		// The host's report of a step in between may have been written meanwhile; only the revision decides.
-		latest, err := tx.SandboxByID(ctx, id)
-		if err != nil {
-			return ignoreNotFound(err)
-		}
-		_, err = tx.ApplyReport(ctx, db.ApplyReportParams{
-			ID: id, HostID: row.Sandbox.HostID, FormerStatus: latest.Status, Status: string(o.State), Revision: int64(o.Revision), LastActiveAt: &o.LastActiveAt,
+		_, err := tx.SettleChange(ctx, db.SettleChangeParams{
+			ID: row.ID, OperationID: row.OperationID, Status: string(o.State), Reason: ptrOrNil(o.Reason), Revision: int64(o.Revision),
+			LastActiveAt: &o.LastActiveAt, DurableAt: o.DurableAt, Needs: o.Needs,
 		})
 		if err != nil {
-			return ignoreNotFound(err) // the host's report of this very state was quicker
+			return ignoreNotFound(err) // the host's own report of it was quicker, or it is being deleted
 		}
-		return event(ctx, tx, "sandbox."+string(o.State), &teamID, id, nil)
+		return event(ctx, tx, "sandbox."+string(o.State), &row.TeamID, row.ID, nil)
 	})
+}
+
+// settleChange finds out what became of a change whose answer was not heard.
+func (f *Fleet) settleChange(ctx context.Context, row db.Sandbox) error {
+	now, err := f.askSandbox(ctx, row, 0)
+	if wrenn.KindOf(err) == wrenn.KindNotFound {
+		now, err = lostSandbox(row), nil
+	}
+	if err != nil {
+		return err
+	}
+	if s := protoStates[now.GetState()]; s != wrenn.SandboxRunning && s != wrenn.SandboxPaused {
+		return wrenn.Errorf(wrenn.KindConflict, "the host is still at it")
+	}
+	return f.writeChange(ctx, row, now)
+}
+
+// askSandbox asks a row's host for the sandbox.
+func (f *Fleet) askSandbox(ctx context.Context, row db.Sandbox, retryFor time.Duration) (now *agentv1.Sandbox, err error) {
+	err = f.ask(ctx, row.HostID, retryFor, func(ctx context.Context, t agents.Target) error {
+		res, err := f.agents.Service(t).GetSandbox(ctx, connect.NewRequest(&agentv1.GetSandboxRequest{Id: row.ID}))
+		if err == nil {
+			now = res.Msg.GetSandbox()
+		}
+		return err
+	})
+	return now, err
+}
+
+// lostSandbox is what is written of a sandbox that its host does not have: what it was before. The host's
+// next comparison says that it is missing.
+func lostSandbox(row db.Sandbox) *agentv1.Sandbox {
+	state := agentv1.SandboxState_SANDBOX_STATE_PAUSED
+	if row.Status == string(wrenn.SandboxPausing) {
+		state = agentv1.SandboxState_SANDBOX_STATE_RUNNING
+	}
+	return &agentv1.Sandbox{Id: row.ID, State: state, Revision: uint64(row.Revision)}
+}
+
+const (
+	wakeEvery = 50 * time.Millisecond
+	wakeLimit = time.Minute
+)
+
+// Wake brings a sandbox to run for a request into it, and waits for a change that is under way. However many
+// ask, on however many replicas, it is resumed once. One that is paused without auto_resume stays so.
+func (f *Fleet) Wake(ctx context.Context, by Actor, teamID, id string) error {
+	mine := &wake{done: make(chan struct{})}
+	if other, found := f.wakes.LoadOrStore(id, mine); found {
+		w := other.(*wake)
+		select {
+		case <-w.done:
+			return w.err
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	f.work.Add(1)
+	defer f.work.Done()
+	mine.err = f.wake(context.WithoutCancel(ctx), by, teamID, id)
+	f.wakes.Delete(id)
+	close(mine.done)
+	return mine.err
+}
+
+// wake is one waking of a sandbox, which others may wait for.
+type wake struct {
+	done chan struct{}
+	err  error
+}
+
+func (f *Fleet) wake(ctx context.Context, by Actor, teamID, id string) error {
+	ctx, cancel := context.WithTimeout(ctx, wakeLimit)
+	defer cancel()
+	for {
+		row, err := f.Get(ctx, teamID, id)
+		if err != nil {
+			return err
+		}
+		switch state := wrenn.SandboxState(row.Sandbox.Status); {
+		case state == wrenn.SandboxPaused && row.Sandbox.AutoResume:
+			if err = f.Resume(ctx, by, teamID, id); wrenn.KindOf(err) != wrenn.KindInvalidState {
+				return err
+			}
+			if now, again := f.Get(ctx, teamID, id); again == nil && now.Sandbox.Status == string(wrenn.SandboxPaused) {
+				return err // not because somebody else was quicker
+			}
+		case state != wrenn.SandboxPausing && state != wrenn.SandboxResuming:
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return wrenn.Errorf(wrenn.KindUnavailable, "the sandbox is still changing its state; try again")
+		case <-time.After(wakeEvery):
+		}
+	}
+}
+
+func wrongState(row db.Sandbox, want wrenn.SandboxState) error {
+	return wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is %s, not %s", row.Status, want).With("status", row.Status)
+}
+
+func hostAway(hostID string) error {
+	return wrenn.Errorf(wrenn.KindHostUnavailable, "the sandbox's host cannot be reached now; the sandbox itself is not lost; try again").With("host_id", hostID)
+}
+
+func ptrOrNil(s string) *string {
+	if s == "" {
+		return nil
+	}
+	return &s
 }

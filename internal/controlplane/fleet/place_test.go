@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"pgregory.net/rapid"
+
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
 func genResources(t *rapid.T, label string, most int64) Resources {
@@ -39,16 +41,16 @@ func TestPlaceProperties(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
 		hosts := genCandidates(t)
-		req := Request{Resources{rapid.Int64Range(1, 10).Draw(t, "v"), rapid.Int64Range(1, 10).Draw(t, "m"), rapid.Int64Range(1, 10).Draw(t, "d")}, "minimal"}
-		id, reason := Place(req, hosts)
+		req := Request{Resources: Resources{rapid.Int64Range(1, 10).Draw(t, "v"), rapid.Int64Range(1, 10).Draw(t, "m"), rapid.Int64Range(1, 10).Draw(t, "d")}, Template: "minimal"}
+		id, refusal := Place(req, hosts)
 		var fitting []Candidate
 		for _, h := range hosts {
 			if fits(h, req) {
 				fitting = append(fitting, h)
 			}
 		}
-		if (id == "") != (len(fitting) == 0) || (id == "") == (reason == "") {
-			t.Fatalf("chose %q (%s) of %d that fit", id, reason, len(fitting))
+		if (id == "") != (len(fitting) == 0) || (id == "") == (refusal == nil) {
+			t.Fatalf("chose %q (%v) of %d that fit", id, refusal, len(fitting))
 		}
 		shuffled := append([]Candidate{}, hosts...)
 		rand.Shuffle(len(shuffled), func(i, j int) { shuffled[i], shuffled[j] = shuffled[j], shuffled[i] })
@@ -78,19 +80,86 @@ func TestPlaceSpreads(t *testing.T) {
 		{ID: "host-a", HasTemplate: true, Capacity: capacity, Reserved: Resources{4, 2000, 2000}, FreeMemoryMB: -1, FreeDiskMB: -1},
 		{ID: "host-b", HasTemplate: true, Capacity: capacity, Reserved: Resources{1, 16000, 2000}, FreeMemoryMB: -1, FreeDiskMB: -1},
 	}
-	if id, _ := Place(Request{Resources{1, 512, 2048}, "minimal"}, hosts); id != "host-a" {
+	if id, _ := Place(Request{Resources: Resources{1, 512, 2048}, Template: "minimal"}, hosts); id != "host-a" {
 		t.Errorf("chose %s", id)
 	}
 }
 
 func TestPlaceTellsWhy(t *testing.T) {
 	t.Parallel()
-	if _, why := Place(Request{}, nil); !strings.Contains(why, "no host is online") {
-		t.Error(why)
+	needs := Needs{Driver: "qemu", VMMVersion: "7.2", CPUModel: "a"}
+	room := Candidate{ID: "a", HasTemplate: true, FreeMemoryMB: -1, FreeDiskMB: -1, Capacity: Resources{4, 400, 4}, Has: needs}
+	with := func(change func(*Candidate)) Candidate { c := room; change(&c); return c }
+	full := with(func(c *Candidate) { c.FreeDiskMB = 17 })
+	for name, tc := range map[string]struct {
+		req   Request
+		hosts []Candidate
+		kind  wrenn.Kind
+		say   []string
+	}{
+		"no host":            {Request{}, nil, wrenn.KindNoCapacity, []string{"no host is online"}},
+		"several reasons":    {Request{Resources: Resources{1, 500, 1}}, []Candidate{room, {ID: "b"}}, wrenn.KindNoCapacity, []string{"1 × no template", "1 × not enough memory"}},
+		"full disks":         {Request{Resources: Resources{1, 1, 1}}, []Candidate{full, {ID: "b"}}, wrenn.KindDiskFull, []string{"17 MB", "512 MB"}},
+		"full disk and more": {Request{Resources: Resources{5, 1, 1}}, []Candidate{full, room}, wrenn.KindNoCapacity, []string{"2 × not enough vCPUs"}},
+		"a resume":           {Request{Resources: Resources{1, 500, 0}, Resume: true}, []Candidate{room}, wrenn.KindNoCapacity, []string{"100 MB of memory"}},
+		"a resume, full":     {Request{Resources: Resources{1, 1, 0}, Resume: true}, []Candidate{full}, wrenn.KindDiskFull, []string{"17 MB"}},
+		"another VMM": {Request{Resources: Resources{1, 1, 0}, Resume: true, Needs: Needs{Driver: "qemu", VMMVersion: "8.0"}}, []Candidate{room},
+			wrenn.KindNoCapacity, []string{"qemu version 8.0, not 7.2"}},
+		"another CPU": {Request{Resources: Resources{1, 1, 1}, Saved: true, Needs: Needs{CPUModel: "b"}}, []Candidate{room}, wrenn.KindNoCapacity, []string{"CPU b, not a"}},
+		"draining": {Request{Resources: Resources{1, 1, 1}, Saved: true}, []Candidate{with(func(c *Candidate) { c.Draining = true })}, wrenn.KindNoCapacity,
+			[]string{"draining"}},
+	} {
+		id, refusal := Place(tc.req, tc.hosts)
+		if id != "" || refusal == nil || refusal.Kind != tc.kind {
+			t.Errorf("%s: %q, %v; want %s", name, id, refusal, tc.kind)
+			continue
+		}
+		for _, want := range tc.say {
+			if !strings.Contains(refusal.Message, want) {
+				t.Errorf("%s: %q does not say %q", name, refusal.Message, want)
+			}
+		}
 	}
-	hosts := []Candidate{{ID: "a", HasTemplate: true, FreeMemoryMB: -1, FreeDiskMB: -1, Capacity: Resources{1, 1, 1}}, {ID: "b"}}
-	_, why := Place(Request{Resources{1, 100, 1}, "base"}, hosts)
-	if !strings.Contains(why, "1 × no template") || !strings.Contains(why, "1 × not enough memory") {
-		t.Error(why)
+	for name, req := range map[string]Request{
+		"what is there already goes on while the host drains": {Resources: Resources{1, 1, 0}, Resume: true},
+		"and takes no more disk":                              {Resources: Resources{1, 1, 100}, Resume: true},
+	} {
+		if id, refusal := Place(req, []Candidate{with(func(c *Candidate) { c.Draining = true })}); id == "" {
+			t.Errorf("%s: %v", name, refusal)
+		}
+	}
+	if id, refusal := Place(Request{Resources: Resources{1, 1, 1}, Saved: true, Needs: needs}, []Candidate{with(func(c *Candidate) { c.Has = Needs{} })}); id == "" {
+		t.Errorf("a host that did not say what it has: %v", refusal)
+	}
+}
+
+// Every case of a saved moment, on its own.
+func TestJudgeMoment(t *testing.T) {
+	t.Parallel()
+	for name, tc := range map[string]struct {
+		row        *MomentRow
+		has        bool
+		checkpoint bool
+		want       MomentAction
+	}{
+		"unknown checkpoint":            {nil, true, true, MomentAdopt},
+		"unknown snapshot":              {nil, true, false, ""},
+		"deleted and gone":              {&MomentRow{Deleted: true, Status: momentDeleting}, false, true, ""},
+		"deleted and still there":       {&MomentRow{Deleted: true, Status: momentDeleting}, true, true, MomentRemove},
+		"being saved":                   {&MomentRow{Status: momentSaving}, false, true, ""},
+		"saved, nobody heard":           {&MomentRow{Status: momentSaving, Due: true}, true, true, MomentFinish},
+		"never saved":                   {&MomentRow{Status: momentSaving, Due: true}, false, true, MomentDrop},
+		"being deleted":                 {&MomentRow{Status: momentDeleting}, true, true, ""},
+		"delete was cut off":            {&MomentRow{Status: momentDeleting, Due: true}, true, true, MomentRemove},
+		"delete was cut off at its end": {&MomentRow{Status: momentDeleting, Due: true}, false, true, MomentRemove},
+		"deleted while it is in use":    {&MomentRow{Status: momentDeleting, Due: true, InUse: true}, true, false, ""},
+		"there":                         {&MomentRow{Status: momentReady}, true, true, ""},
+		"lost":                          {&MomentRow{Status: momentReady}, false, true, MomentLost},
+		"lost, as was known":            {&MomentRow{Status: momentReady, Missing: true}, false, true, ""},
+		"found again":                   {&MomentRow{Status: momentReady, Missing: true}, true, true, MomentFound},
+	} {
+		if got := JudgeMoment(tc.row, tc.has, tc.checkpoint); got != tc.want {
+			t.Errorf("%s: %q, want %q", name, got, tc.want)
+		}
 	}
 }

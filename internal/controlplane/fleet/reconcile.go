@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"encoding/json"
 	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
@@ -26,6 +27,8 @@ type Observed struct {
 	Revision     uint64
 	Reason       string
 	LastActiveAt time.Time
+	DurableAt    *time.Time      // since when a paused state survives a power cut
+	Needs        json.RawMessage // what can resume its memory, if it has one at rest
 }
 
 // ActionKind is what is to be done about one sandbox.

@@ -1,9 +1,9 @@
 package fleet
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
-	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -28,6 +28,9 @@ type Spec struct {
 	Env        map[string]string
 	Metadata   map[string]string
 	User       string // "": the template's
+	AutoResume bool
+
+	From string // a checkpoint to begin with, instead of a template
 }
 
 // Create makes a sandbox for a team and returns when it runs. The row that reserves its resources is
@@ -83,24 +86,26 @@ func (f *Fleet) awaitCreate(ctx context.Context, row db.GetSandboxRow) (db.GetSa
 // reserve picks a host and writes the row, in one transaction that holds the host's row locked, so that two
 // replicas cannot both take its last room.
 func (f *Fleet) reserve(ctx context.Context, by Actor, teamID string, spec Spec) (db.Sandbox, error) {
-	tpl, err := f.template(ctx, teamID, spec.Template)
+	org, err := f.origin(ctx, teamID, spec)
 	if err != nil {
 		return db.Sandbox{}, err
 	}
-	p, req, err := f.insertParams(by, spec, tpl)
+	p, req, err := f.insertParams(by, spec, org)
 	if err != nil {
 		return db.Sandbox{}, err
 	}
-	rows, err := f.store.Team(teamID).PlacementHosts(ctx, spec.Template, nil)
+	candidates, err := f.placementHosts(ctx, f.store.Team(teamID), org.hostID, req)
 	if err != nil {
 		return db.Sandbox{}, err
 	}
-	candidates := f.candidates(rows)
+	if len(candidates) == 0 && org.hostID != nil {
+		return db.Sandbox{}, org.away()
+	}
 	for {
-		hostID, reason := Place(req, candidates)
+		hostID, refusal := Place(req, candidates)
 		if hostID == "" {
 			f.stats.PlacementFailures.Add(1)
-			return db.Sandbox{}, wrenn.Errorf(wrenn.KindNoCapacity, "%s", reason)
+			return db.Sandbox{}, org.explain(refusal)
 		}
 		row, now, err := f.reserveOn(ctx, teamID, hostID, req, p)
 		if row.ID != "" || err != nil {
@@ -120,13 +125,18 @@ func (f *Fleet) reserveOn(ctx context.Context, teamID, hostID string, req Reques
 			}
 			return err
 		}
-		rows, err := tx.Team(teamID).PlacementHosts(ctx, req.Template, &hostID)
+		now, err = f.placementHosts(ctx, tx.Team(teamID), &hostID, req)
 		if err != nil {
 			return err
 		}
-		now = f.candidates(rows)
 		if id, _ := Place(req, now); id == "" {
 			return nil
+		}
+		if p.FromSnapshot != nil {
+			snap, err := tx.SnapshotByID(ctx, *p.FromSnapshot)
+			if err != nil || snap.DeletedAt != nil || snap.Status != momentReady {
+				return wrenn.Wrap(err, wrenn.KindNotFound, "the snapshot was deleted meanwhile")
+			}
 		}
 		p.HostID = hostID
 		if row, err = tx.Team(teamID).InsertSandbox(ctx, p); store.IsNotFound(err) {
@@ -139,19 +149,10 @@ func (f *Fleet) reserveOn(ctx context.Context, teamID, hostID string, req Reques
 	return row, now, err
 }
 
-func (f *Fleet) insertParams(by Actor, spec Spec, tpl db.Template) (db.InsertSandboxParams, Request, error) {
-	disk := spec.DiskMB
-	switch least := int32(tpl.DiskMB); {
-	case disk == 0 && least == 0:
-		disk = defaultDiskMB
-	case disk == 0:
-		disk = least
-	case disk < least:
-		return db.InsertSandboxParams{}, Request{}, invalid("disk_mb", "template %q needs at least %d MB", tpl.Name, least)
-	}
-	user := spec.User
-	if user == "" {
-		user = tpl.DefaultUser
+func (f *Fleet) insertParams(by Actor, spec Spec, org origin) (db.InsertSandboxParams, Request, error) {
+	size, err := org.size(spec)
+	if err != nil {
+		return db.InsertSandboxParams{}, Request{}, err
 	}
 	metadata, err := json.Marshal(nonNil(spec.Metadata))
 	if err != nil {
@@ -162,35 +163,26 @@ func (f *Fleet) insertParams(by Actor, spec Spec, tpl db.Template) (db.InsertSan
 		return db.InsertSandboxParams{}, Request{}, err
 	}
 	p := db.InsertSandboxParams{
-		ID: spec.ID, Name: spec.Name, Template: tpl.Name, DefaultUser: user, VCPUs: spec.VCPUs, MemoryMB: spec.MemoryMB, DiskMB: disk,
-		TimeoutSec: spec.TimeoutSec, OnTimeout: string(spec.OnTimeout), Metadata: metadata, CreateEnv: env,
+		ID: spec.ID, Name: spec.Name, Template: org.template, DefaultUser: cmp.Or(spec.User, org.user),
+		VCPUs: int32(size.VCPUs), MemoryMB: int32(size.MemoryMB), DiskMB: int32(size.DiskMB),
+		TimeoutSec: spec.TimeoutSec, OnTimeout: string(spec.OnTimeout), AutoResume: spec.AutoResume, Metadata: metadata, CreateEnv: env,
+		FromSandbox: org.sandbox, FromCheckpoint: org.checkpoint, FromSnapshot: org.snapshot,
 		OperationID: wrenn.NewID(wrenn.PrefixOperation), Lease: f.times.Lease, CreatedBy: by.ID,
 	}
-	req := Request{Resources{int64(spec.VCPUs), int64(spec.MemoryMB), int64(disk)}, tpl.Name}
-	return p, req, nil
+	return p, Request{Resources: size, Template: org.template, Needs: org.needs, Saved: org.hostID != nil}, nil
 }
 
-// defaultDiskMB is for a template whose host did not say how large it is.
-const defaultDiskMB = 2048
-
-func (f *Fleet) template(ctx context.Context, teamID, name string) (db.Template, error) {
-	tpl, err := f.store.Team(teamID).GetTemplate(ctx, name)
-	if !store.IsNotFound(err) {
-		return tpl, err
-	}
-	all, err := f.store.Team(teamID).ListTemplates(ctx)
+// placementHosts are the online hosts of a team as Place sees them; hostID, if not nil, narrows to one.
+func (f *Fleet) placementHosts(ctx context.Context, team store.Team, hostID *string, req Request) ([]Candidate, error) {
+	rows, err := team.PlacementHosts(ctx, req.Template, hostID)
 	if err != nil {
-		return tpl, err
+		return nil, err
 	}
-	if len(all) == 0 {
-		return tpl, wrenn.Errorf(wrenn.KindNoCapacity, "no host has reported a template yet; register a host, or wait until its first heartbeat")
+	out := f.candidates(rows)
+	for i := range out {
+		out[i].HasTemplate = out[i].HasTemplate || req.Saved || req.Resume
 	}
-	names := make([]string, len(all))
-	for i, t := range all {
-		names[i] = t.Name
-	}
-	return tpl, wrenn.Errorf(wrenn.KindInvalidRequest, "template: there is no %q; there are: %s", name, strings.Join(names, ", ")).
-		With("field", "template").With("templates", names)
+	return out, nil
 }
 
 // candidates turns rows into what Place sees.
@@ -199,7 +191,7 @@ func (f *Fleet) candidates(rows []db.PlacementHostsRow) []Candidate {
 	for _, r := range rows {
 		h := r.Host
 		out = append(out, Candidate{
-			ID: h.ID, Own: h.TeamID != nil, Draining: h.Draining, HasTemplate: r.HasTemplate, Capacity: f.capacity(h),
+			ID: h.ID, Own: h.TeamID != nil, Draining: h.Draining, HasTemplate: r.HasTemplate, Has: hostHas(h), Capacity: f.capacity(h),
 			Reserved:  Resources{r.ReservedVCPUs, r.ReservedMemoryMB, r.ReservedDiskMB},
 			Sandboxes: r.ReservedCount, Limit: int64(h.SandboxesLimit),
 			FreeMemoryMB: or(h.FreeMemoryMB, -1), FreeDiskMB: or(h.FreeDiskMB, -1),

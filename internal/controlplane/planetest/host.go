@@ -52,6 +52,7 @@ type Host struct {
 	onCreate func(context.Context, *agentv1.CreateSandboxRequest) error
 	onDelete func(context.Context, string) error
 	onPause  func(string) error
+	moments  moments
 }
 
 // AddHost makes a regular host as the admin, registers it and sends its first heartbeat.
@@ -209,7 +210,7 @@ func (h *Host) Heartbeat(extra map[string]any) Answer {
 	h.mu.Lock()
 	body := map[string]any{
 		"free_memory_mb": 16000, "free_disk_mb": 90000, "load1": 0.5, "templates": Templates(), "state_revision": h.revision, "running": len(h.boxes),
-		"versions": map[string]string{"agent": "test"}, "driver": "qemu", "acceleration": "tcg",
+		"versions": map[string]string{"agent": "test", "vmm": "1"}, "driver": "qemu", "acceleration": "tcg", "cpu_model": "test",
 	}
 	h.mu.Unlock()
 	for k, v := range extra {
@@ -326,6 +327,9 @@ func (h *Host) DeleteSandbox(ctx context.Context, req *connect.Request[agentv1.D
 		}
 	}
 	h.Set(req.Msg.Id, nil)
+	h.mu.Lock()
+	delete(h.moments.checkpoints, req.Msg.Id)
+	h.mu.Unlock()
 	return connect.NewResponse(&agentv1.DeleteSandboxResponse{}), nil
 }
 
@@ -342,13 +346,27 @@ func (h *Host) PauseSandbox(_ context.Context, req *connect.Request[agentv1.Paus
 	if busy {
 		return nil, wrenn.Errorf(wrenn.KindConflict, "the sandbox is in use")
 	}
-	sb, err := h.change(req.Msg.Id, req.Msg.OperationId, agentv1.SandboxState_SANDBOX_STATE_PAUSED)
+	sb, err := h.change(req.Msg.Id, req.Msg.OperationId, agentv1.SandboxState_SANDBOX_STATE_PAUSED, func(sb *agentv1.Sandbox) {
+		sb.HasMemory = !req.Msg.DiskOnly
+		if sb.HasMemory {
+			sb.Needs = HostNeeds()
+		}
+		if req.Msg.Durable {
+			sb.DurableAt = timestamppb.New(time.Now())
+		}
+	})
 	return connect.NewResponse(&agentv1.PauseSandboxResponse{Sandbox: sb}), err
 }
 
 // ResumeSandbox implements agentv1connect.AgentServiceHandler.
 func (h *Host) ResumeSandbox(_ context.Context, req *connect.Request[agentv1.ResumeSandboxRequest]) (*connect.Response[agentv1.ResumeSandboxResponse], error) {
-	sb, err := h.change(req.Msg.Id, req.Msg.OperationId, agentv1.SandboxState_SANDBOX_STATE_RUNNING)
+	if err := call(h, func(m *moments) func(string) error { return m.onResume }, req.Msg.Id); err != nil {
+		return nil, err
+	}
+	sb, err := h.change(req.Msg.Id, req.Msg.OperationId, agentv1.SandboxState_SANDBOX_STATE_RUNNING, func(sb *agentv1.Sandbox) {
+		h.moments.resumes++
+		sb.HasMemory, sb.Needs, sb.DurableAt = false, nil, nil
+	})
 	return connect.NewResponse(&agentv1.ResumeSandboxResponse{Sandbox: sb}), err
 }
 
@@ -365,7 +383,7 @@ func (h *Host) PingSandbox(_ context.Context, req *connect.Request[agentv1.PingS
 }
 
 // change is idempotent by operation id.
-func (h *Host) change(id, op string, to agentv1.SandboxState) (*agentv1.Sandbox, error) {
+func (h *Host) change(id, op string, to agentv1.SandboxState, also func(*agentv1.Sandbox)) (*agentv1.Sandbox, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	sb := h.boxes[id]
@@ -377,6 +395,7 @@ func (h *Host) change(id, op string, to agentv1.SandboxState) (*agentv1.Sandbox,
 		h.revision++
 		sb.State, sb.OperationId = to, op
 		sb.Revision++
+		also(sb)
 	case sb.OperationId != op:
 		return nil, wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is %s already", to)
 	}

@@ -11,6 +11,7 @@ const (
 	LockReconcile = 0x7772656e02
 	LockOutbox    = 0x7772656e03
 	LockExpiry    = 0x7772656e04
+	LockMoments   = 0x7772656e05
 )
 
 const (

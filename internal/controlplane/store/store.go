@@ -82,6 +82,12 @@ func (s *Store) Tx(ctx context.Context, fn func(Tx) error) error {
 // IsNotFound tells that a query for one row gave none.
 func IsNotFound(err error) bool { return errors.Is(err, pgx.ErrNoRows) }
 
+// IsUniqueViolation tells that another row has what must be unique.
+func IsUniqueViolation(err error) bool {
+	var pg *pgconn.PgError
+	return errors.As(err, &pg) && pg.Code == "23505"
+}
+
 // IsUnavailable tells that the database could not be reached, went away or had no room: the same
 // request may succeed later.
 func IsUnavailable(err error) bool {

@@ -85,3 +85,66 @@ func (t Team) BeginDelete(ctx context.Context, p db.BeginDeleteParams) (db.Sandb
 	p.TeamID = t.id
 	return t.q.BeginDelete(ctx, p)
 }
+
+// BeginChange takes a sandbox for a pause or resume; IsNotFound says that it is not in the state for it.
+func (t Team) BeginChange(ctx context.Context, p db.BeginChangeParams) (db.Sandbox, error) {
+	p.TeamID = t.id
+	return t.q.BeginChange(ctx, p)
+}
+
+// InsertCheckpoint tells whether there was room for it and its name was free.
+func (t Team) InsertCheckpoint(ctx context.Context, p db.InsertCheckpointParams) (bool, error) {
+	p.TeamID = t.id
+	n, err := t.q.InsertCheckpoint(ctx, p)
+	return n > 0, err
+}
+
+// GetCheckpoint gives a checkpoint, also one that is deleted.
+func (t Team) GetCheckpoint(ctx context.Context, id string) (db.GetCheckpointRow, error) {
+	return t.q.GetCheckpoint(ctx, db.GetCheckpointParams{TeamID: t.id, ID: id})
+}
+
+func (t Team) ListCheckpoints(ctx context.Context, sandboxID string) ([]db.Checkpoint, error) {
+	return t.q.ListCheckpoints(ctx, db.ListCheckpointsParams{TeamID: t.id, SandboxID: sandboxID})
+}
+
+func (t Team) BeginDeleteCheckpoint(ctx context.Context, p db.BeginDeleteCheckpointParams) (db.Checkpoint, error) {
+	p.TeamID = t.id
+	return t.q.BeginDeleteCheckpoint(ctx, p)
+}
+
+func (t Team) InsertSnapshot(ctx context.Context, p db.InsertSnapshotParams) error {
+	p.TeamID = t.id
+	return t.q.InsertSnapshot(ctx, p)
+}
+
+func (t Team) SnapshotCount(ctx context.Context) (int64, error) { return t.q.SnapshotCount(ctx, t.id) }
+
+// GetSnapshot gives a snapshot, also one that is deleted.
+func (t Team) GetSnapshot(ctx context.Context, id string) (db.Snapshot, error) {
+	return t.q.GetSnapshot(ctx, db.GetSnapshotParams{TeamID: t.id, ID: id})
+}
+
+func (t Team) SnapshotByName(ctx context.Context, name string) (db.Snapshot, error) {
+	return t.q.SnapshotByName(ctx, db.SnapshotByNameParams{TeamID: t.id, Name: name})
+}
+
+// LockSnapshotByName is SnapshotByName in a transaction: nobody else changes it meanwhile.
+func (t Team) LockSnapshotByName(ctx context.Context, name string) (db.Snapshot, error) {
+	return t.q.LockSnapshotByName(ctx, db.LockSnapshotByNameParams{TeamID: t.id, Name: name})
+}
+
+func (t Team) ListSnapshots(ctx context.Context, p db.ListSnapshotsParams) ([]db.ListSnapshotsRow, error) {
+	p.TeamID = t.id
+	return t.q.ListSnapshots(ctx, p)
+}
+
+// SnapshotDependents are ids of sandboxes that were made from a snapshot and are still there.
+func (t Team) SnapshotDependents(ctx context.Context, snapshotID string, most int32) ([]string, error) {
+	return t.q.SnapshotDependents(ctx, db.SnapshotDependentsParams{TeamID: t.id, FromSnapshot: &snapshotID, MaxRows: most})
+}
+
+// EventsAfter are the team's events that come after seq in their order.
+func (t Team) EventsAfter(ctx context.Context, seq int64, most int32) ([]db.Event, error) {
+	return t.q.EventsAfter(ctx, db.EventsAfterParams{TeamID: &t.id, After: &seq, MaxRows: most})
+}

@@ -186,6 +186,42 @@ func (e SandboxStatus) Valid() bool {
 	}
 }
 
+// Defines values for SnapshotScope.
+const (
+	SnapshotScopePlatform SnapshotScope = "platform"
+	SnapshotScopeTeam     SnapshotScope = "team"
+)
+
+// Valid indicates whether the value is a known member of the SnapshotScope enum.
+func (e SnapshotScope) Valid() bool {
+	switch e {
+	case SnapshotScopePlatform:
+		return true
+	case SnapshotScopeTeam:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for SnapshotType.
+const (
+	SnapshotTypeBase     SnapshotType = "base"
+	SnapshotTypeSnapshot SnapshotType = "snapshot"
+)
+
+// Valid indicates whether the value is a known member of the SnapshotType enum.
+func (e SnapshotType) Valid() bool {
+	switch e {
+	case SnapshotTypeBase:
+		return true
+	case SnapshotTypeSnapshot:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for StreamClientMessageType.
 const (
 	StreamClientMessageTypeClose  StreamClientMessageType = "close"
@@ -339,9 +375,53 @@ type BackgroundProcess struct {
 	Pid int32 `json:"pid"`
 }
 
+// Checkpoint defines model for Checkpoint.
+type Checkpoint struct {
+	CreatedAt time.Time `json:"created_at"`
+
+	// ID Example: chk-h2k7x0w9m4q1z8c5v3b6n2a1s
+	ID string `json:"id"`
+
+	// Memory Whether it has the memory; else only the disk
+	Memory bool `json:"memory"`
+
+	// Missing Its host does not have it
+	Missing *bool   `json:"missing,omitempty"`
+	Name    *string `json:"name,omitempty"`
+
+	// OwnBytes What deleting it would free
+	OwnBytes int64 `json:"own_bytes"`
+
+	// ParentID The checkpoint that the saved state descended from
+	ParentID  *string `json:"parent_id,omitempty"`
+	SandboxID string  `json:"sandbox_id"`
+
+	// SizeBytes What it would take to store it alone
+	SizeBytes int64 `json:"size_bytes"`
+}
+
+// CheckpointList defines model for CheckpointList.
+type CheckpointList struct {
+	Checkpoints []Checkpoint `json:"checkpoints"`
+}
+
+// CheckpointStorage defines model for CheckpointStorage.
+type CheckpointStorage struct {
+	ID        string  `json:"id"`
+	Name      *string `json:"name,omitempty"`
+	OwnBytes  int64   `json:"own_bytes"`
+	SizeBytes int64   `json:"size_bytes"`
+}
+
 // CreateAPIKeyRequest defines model for CreateAPIKeyRequest.
 type CreateAPIKeyRequest struct {
 	Name string `json:"name"`
+}
+
+// CreateCheckpointRequest defines model for CreateCheckpointRequest.
+type CreateCheckpointRequest struct {
+	// Name Example: build-7
+	Name *SandboxName `json:"name,omitempty"`
 }
 
 // CreateHostRequest defines model for CreateHostRequest.
@@ -356,11 +436,19 @@ type CreateHostRequest struct {
 
 // CreateSandboxRequest defines model for CreateSandboxRequest.
 type CreateSandboxRequest struct {
+	// AutoResume Requests for commands, files and processes wake it when it is paused, and wait for that
+	AutoResume *bool `json:"auto_resume,omitempty"`
+
 	// DiskMb At least the template's, which is the default
 	DiskMb *int32 `json:"disk_mb,omitempty"`
 
 	// Env Environment variables: names of letters, digits and _
-	Env      *Env   `json:"env,omitempty"`
+	Env *Env `json:"env,omitempty"`
+
+	// From A checkpoint to begin with, instead of a template
+	From *string `json:"from,omitempty"`
+
+	// MemoryMb 512 unless said; a snapshot or checkpoint has its own, which cannot be changed
 	MemoryMb *int32 `json:"memory_mb,omitempty"`
 
 	// Metadata Your own labels; keys of 1–128 characters without =
@@ -370,15 +458,27 @@ type CreateSandboxRequest struct {
 	Name *SandboxName `json:"name,omitempty"`
 
 	// OnTimeout What happens after `timeout_sec` without activity: a running command, an open terminal or stream, a transfer and a ping are activity
-	OnTimeout *OnTimeout    `json:"on_timeout,omitempty"`
-	Template  *TemplateName `json:"template,omitempty"`
+	OnTimeout *OnTimeout `json:"on_timeout,omitempty"`
+
+	// Template An image or one of the team's snapshots; default: minimal
+	Template *TemplateName `json:"template,omitempty"`
 
 	// TimeoutSec Seconds of idleness after which `on_timeout` happens; 0 means never
 	TimeoutSec *int32 `json:"timeout_sec,omitempty"`
 
 	// User Default user of commands and files; default: the template's
-	User  *UnixUser `json:"user,omitempty"`
-	Vcpus *int32    `json:"vcpus,omitempty"`
+	User *UnixUser `json:"user,omitempty"`
+
+	// Vcpus 1 unless said; a snapshot or checkpoint has its own, which cannot be changed
+	Vcpus *int32 `json:"vcpus,omitempty"`
+}
+
+// CreateSnapshotRequest defines model for CreateSnapshotRequest.
+type CreateSnapshotRequest struct {
+	// Name Default: the snapshot's id
+	Name      *TemplateName `json:"name,omitempty"`
+	Overwrite *bool         `json:"overwrite,omitempty"`
+	SandboxID string        `json:"sandbox_id"`
 }
 
 // Email Example: ada@example.com
@@ -403,6 +503,21 @@ type ErrorBody struct {
 	// Message What is wrong and what to do
 	Message   string `json:"message"`
 	RequestID string `json:"request_id"`
+}
+
+// Event defines model for Event.
+type Event struct {
+	CreatedAt time.Time              `json:"created_at"`
+	Data      map[string]interface{} `json:"data"`
+	ID        int64                  `json:"id"`
+
+	// Subject The sandbox or snapshot
+	//
+	// Example: sb-h2k7x0w9m4q1z8c5v3b6n2a1s
+	Subject string `json:"subject"`
+
+	// Type Example: sandbox.running
+	Type string `json:"type"`
 }
 
 // ExecRequest defines model for ExecRequest.
@@ -478,6 +593,26 @@ type FileEntryType string
 // FileList defines model for FileList.
 type FileList struct {
 	Entries []FileEntry `json:"entries"`
+}
+
+// ForkRequest defines model for ForkRequest.
+type ForkRequest struct {
+	Count *int32 `json:"count,omitempty"`
+
+	// Env Added to what the source has
+	Env *Env `json:"env,omitempty"`
+
+	// Metadata Added to what the source has
+	Metadata *Metadata `json:"metadata,omitempty"`
+
+	// Name Several get it with -1, -2, …
+	Name *SandboxName `json:"name,omitempty"`
+}
+
+// ForkedSandbox One of both
+type ForkedSandbox struct {
+	Error   *ErrorBody `json:"error,omitempty"`
+	Sandbox *Sandbox   `json:"sandbox,omitempty"`
 }
 
 // Health defines model for Health.
@@ -710,6 +845,9 @@ type Path = string
 
 // PauseRequest defines model for PauseRequest.
 type PauseRequest struct {
+	// Durable Answer only when the state survives a power cut
+	Durable *bool `json:"durable,omitempty"`
+
 	// Memory Keep the memory too
 	Memory *bool `json:"memory,omitempty"`
 }
@@ -756,14 +894,37 @@ type ResumeRequest struct {
 	TimeoutSec *int32 `json:"timeout_sec,omitempty"`
 }
 
+// RollbackRequest defines model for RollbackRequest.
+type RollbackRequest struct {
+	// Discard Do not keep the state left behind
+	Discard *bool `json:"discard,omitempty"`
+}
+
+// RollbackResult defines model for RollbackResult.
+type RollbackResult struct {
+	// LeftAs The checkpoint that the state left behind became
+	LeftAs  *string `json:"left_as,omitempty"`
+	Sandbox Sandbox `json:"sandbox"`
+}
+
 // Sandbox defines model for Sandbox.
 type Sandbox struct {
+	AutoResume bool `json:"auto_resume"`
+
+	// Cold It was booted: the first of its template and size is
+	Cold      bool      `json:"cold"`
 	CreatedAt time.Time `json:"created_at"`
 	DiskMb    int32     `json:"disk_mb"`
 
+	// DurableAt Since when its paused state survives a power cut
+	DurableAt *time.Time `json:"durable_at,omitempty"`
+
 	// ExpiresAt When it will have been idle for `timeout_sec`
 	ExpiresAt *time.Time `json:"expires_at,omitempty"`
-	HostID    string     `json:"host_id"`
+
+	// From The checkpoint, snapshot or sandbox that it was made from, if not an image
+	From   *string `json:"from,omitempty"`
+	HostID string  `json:"host_id"`
 
 	// HostOnline False while the host cannot be reached; the status is then the last that was known
 	HostOnline bool `json:"host_online"`
@@ -800,6 +961,14 @@ type SandboxName = string
 
 // SandboxStatus defines model for SandboxStatus.
 type SandboxStatus string
+
+// SandboxStorage defines model for SandboxStorage.
+type SandboxStorage struct {
+	Checkpoints []CheckpointStorage `json:"checkpoints"`
+	Disk        StorageUsage        `json:"disk"`
+	Memory      StorageUsage        `json:"memory"`
+	Total       StorageUsage        `json:"total"`
+}
 
 // Session defines model for Session.
 type Session struct {
@@ -838,6 +1007,54 @@ type SignupRequest struct {
 	Email    Email   `json:"email"`
 	Name     *string `json:"name,omitempty"`
 	Password string  `json:"password"`
+}
+
+// Snapshot defines model for Snapshot.
+type Snapshot struct {
+	CreatedAt   time.Time `json:"created_at"`
+	DefaultUser string    `json:"default_user"`
+	DiskMb      int64     `json:"disk_mb"`
+
+	// HostID The host that has it
+	HostID *string `json:"host_id,omitempty"`
+	ID     string  `json:"id"`
+
+	// Memory Whether it has the memory; else only the disk
+	Memory   *bool  `json:"memory,omitempty"`
+	MemoryMb *int32 `json:"memory_mb,omitempty"`
+	Name     string `json:"name"`
+	OwnBytes *int64 `json:"own_bytes,omitempty"`
+
+	// SandboxID What it was made of
+	SandboxID *string       `json:"sandbox_id,omitempty"`
+	Scope     SnapshotScope `json:"scope"`
+	SizeBytes *int64        `json:"size_bytes,omitempty"`
+
+	// Template What that was made from
+	Template *string      `json:"template,omitempty"`
+	Type     SnapshotType `json:"type"`
+	Vcpus    *int32       `json:"vcpus,omitempty"`
+}
+
+// SnapshotScope defines model for Snapshot.Scope.
+type SnapshotScope string
+
+// SnapshotList defines model for SnapshotList.
+type SnapshotList struct {
+	NextCursor *string    `json:"next_cursor,omitempty"`
+	Snapshots  []Snapshot `json:"snapshots"`
+}
+
+// SnapshotType defines model for SnapshotType.
+type SnapshotType string
+
+// StorageUsage defines model for StorageUsage.
+type StorageUsage struct {
+	// OwnBytes What nothing else on the host shares with it
+	OwnBytes int64 `json:"own_bytes"`
+
+	// SizeBytes What it would take to store it alone
+	SizeBytes int64 `json:"size_bytes"`
 }
 
 // StreamClientMessage A message from the client of exec/stream, pty and attach. Which fields count depends on `type`.
@@ -971,6 +1188,9 @@ type WatchMessageEvent string
 // WatchMessageType defines model for WatchMessage.Type.
 type WatchMessageType string
 
+// CheckpointID defines model for CheckpointID.
+type CheckpointID = string
+
 // Cursor defines model for Cursor.
 type Cursor = string
 
@@ -1089,6 +1309,24 @@ type DeleteSandboxParams struct {
 	IdempotencyKey *IdempotencyKey `json:"Idempotency-Key,omitempty"`
 }
 
+// CreateCheckpointParams defines parameters for CreateCheckpoint.
+type CreateCheckpointParams struct {
+	// IdempotencyKey Makes a repetition of the request safe
+	IdempotencyKey *IdempotencyKey `json:"Idempotency-Key,omitempty"`
+}
+
+// DeleteCheckpointParams defines parameters for DeleteCheckpoint.
+type DeleteCheckpointParams struct {
+	// IdempotencyKey Makes a repetition of the request safe
+	IdempotencyKey *IdempotencyKey `json:"Idempotency-Key,omitempty"`
+}
+
+// RollbackSandboxParams defines parameters for RollbackSandbox.
+type RollbackSandboxParams struct {
+	// IdempotencyKey Makes a repetition of the request safe
+	IdempotencyKey *IdempotencyKey `json:"Idempotency-Key,omitempty"`
+}
+
 // ExecSandboxParams defines parameters for ExecSandbox.
 type ExecSandboxParams struct {
 	// IdempotencyKey Makes a repetition of the request safe
@@ -1140,6 +1378,12 @@ type StatFileParams struct {
 	User *FileUser `form:"user,omitempty" json:"user,omitempty"`
 }
 
+// ForkSandboxParams defines parameters for ForkSandbox.
+type ForkSandboxParams struct {
+	// IdempotencyKey Makes a repetition of the request safe
+	IdempotencyKey *IdempotencyKey `json:"Idempotency-Key,omitempty"`
+}
+
 // PauseSandboxParams defines parameters for PauseSandbox.
 type PauseSandboxParams struct {
 	// IdempotencyKey Makes a repetition of the request safe
@@ -1170,6 +1414,28 @@ type SetSandboxTimeoutParams struct {
 	IdempotencyKey *IdempotencyKey `json:"Idempotency-Key,omitempty"`
 }
 
+// ListSnapshotsParams defines parameters for ListSnapshots.
+type ListSnapshotsParams struct {
+	// Limit Most items of the answer
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor `next_cursor` of the former answer
+	Cursor *Cursor       `form:"cursor,omitempty" json:"cursor,omitempty"`
+	Type   *SnapshotType `form:"type,omitempty" json:"type,omitempty"`
+}
+
+// CreateSnapshotParams defines parameters for CreateSnapshot.
+type CreateSnapshotParams struct {
+	// IdempotencyKey Makes a repetition of the request safe
+	IdempotencyKey *IdempotencyKey `json:"Idempotency-Key,omitempty"`
+}
+
+// DeleteSnapshotParams defines parameters for DeleteSnapshot.
+type DeleteSnapshotParams struct {
+	// IdempotencyKey Makes a repetition of the request safe
+	IdempotencyKey *IdempotencyKey `json:"Idempotency-Key,omitempty"`
+}
+
 // CreateAPIKeyJSONRequestBody defines body for CreateAPIKey for application/json ContentType.
 type CreateAPIKeyJSONRequestBody = CreateAPIKeyRequest
 
@@ -1194,6 +1460,12 @@ type AddHostTagJSONRequestBody = AddTagRequest
 // CreateSandboxJSONRequestBody defines body for CreateSandbox for application/json ContentType.
 type CreateSandboxJSONRequestBody = CreateSandboxRequest
 
+// CreateCheckpointJSONRequestBody defines body for CreateCheckpoint for application/json ContentType.
+type CreateCheckpointJSONRequestBody = CreateCheckpointRequest
+
+// RollbackSandboxJSONRequestBody defines body for RollbackSandbox for application/json ContentType.
+type RollbackSandboxJSONRequestBody = RollbackRequest
+
 // ExecSandboxJSONRequestBody defines body for ExecSandbox for application/json ContentType.
 type ExecSandboxJSONRequestBody = ExecRequest
 
@@ -1202,6 +1474,9 @@ type MakeDirJSONRequestBody = MakeDirRequest
 
 // MoveFileJSONRequestBody defines body for MoveFile for application/json ContentType.
 type MoveFileJSONRequestBody = MoveFileRequest
+
+// ForkSandboxJSONRequestBody defines body for ForkSandbox for application/json ContentType.
+type ForkSandboxJSONRequestBody = ForkRequest
 
 // PauseSandboxJSONRequestBody defines body for PauseSandbox for application/json ContentType.
 type PauseSandboxJSONRequestBody = PauseRequest
@@ -1214,6 +1489,9 @@ type ResumeSandboxJSONRequestBody = ResumeRequest
 
 // SetSandboxTimeoutJSONRequestBody defines body for SetSandboxTimeout for application/json ContentType.
 type SetSandboxTimeoutJSONRequestBody = SetTimeoutRequest
+
+// CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
+type CreateSnapshotJSONRequestBody = CreateSnapshotRequest
 
 // ServerInterface represents all server handlers.
 type ServerInterface interface {
@@ -1277,6 +1555,18 @@ type ServerInterface interface {
 	// GetSandbox Get a sandbox
 	// (GET /v1/sandboxes/{id})
 	GetSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// ListCheckpoints List a sandbox's checkpoints
+	// (GET /v1/sandboxes/{id}/checkpoints)
+	ListCheckpoints(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// CreateCheckpoint Save the moment of a sandbox
+	// (POST /v1/sandboxes/{id}/checkpoints)
+	CreateCheckpoint(w http.ResponseWriter, r *http.Request, id SandboxID, params CreateCheckpointParams)
+	// DeleteCheckpoint Delete a checkpoint
+	// (DELETE /v1/sandboxes/{id}/checkpoints/{cid})
+	DeleteCheckpoint(w http.ResponseWriter, r *http.Request, id SandboxID, cid CheckpointID, params DeleteCheckpointParams)
+	// RollbackSandbox Take a sandbox back to a checkpoint
+	// (POST /v1/sandboxes/{id}/checkpoints/{cid}/rollback)
+	RollbackSandbox(w http.ResponseWriter, r *http.Request, id SandboxID, cid CheckpointID, params RollbackSandboxParams)
 	// ExecSandbox Run a command
 	// (POST /v1/sandboxes/{id}/exec)
 	ExecSandbox(w http.ResponseWriter, r *http.Request, id SandboxID, params ExecSandboxParams)
@@ -1295,6 +1585,9 @@ type ServerInterface interface {
 	// StatFile Describe a file
 	// (GET /v1/sandboxes/{id}/files/stat)
 	StatFile(w http.ResponseWriter, r *http.Request, id SandboxID, params StatFileParams)
+	// ForkSandbox Make children of a sandbox as it is now
+	// (POST /v1/sandboxes/{id}/fork)
+	ForkSandbox(w http.ResponseWriter, r *http.Request, id SandboxID, params ForkSandboxParams)
 	// PauseSandbox Pause a sandbox
 	// (POST /v1/sandboxes/{id}/pause)
 	PauseSandbox(w http.ResponseWriter, r *http.Request, id SandboxID, params PauseSandboxParams)
@@ -1310,9 +1603,21 @@ type ServerInterface interface {
 	// ResumeSandbox Resume a sandbox
 	// (POST /v1/sandboxes/{id}/resume)
 	ResumeSandbox(w http.ResponseWriter, r *http.Request, id SandboxID, params ResumeSandboxParams)
+	// GetSandboxStorage What a sandbox costs on disk
+	// (GET /v1/sandboxes/{id}/storage)
+	GetSandboxStorage(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// SetSandboxTimeout Set the idle timeout
 	// (PUT /v1/sandboxes/{id}/timeout)
 	SetSandboxTimeout(w http.ResponseWriter, r *http.Request, id SandboxID, params SetSandboxTimeoutParams)
+	// ListSnapshots List what sandboxes can be made from
+	// (GET /v1/snapshots)
+	ListSnapshots(w http.ResponseWriter, r *http.Request, params ListSnapshotsParams)
+	// CreateSnapshot Make a template of a sandbox as it is now
+	// (POST /v1/snapshots)
+	CreateSnapshot(w http.ResponseWriter, r *http.Request, params CreateSnapshotParams)
+	// DeleteSnapshot Delete a snapshot
+	// (DELETE /v1/snapshots/{name})
+	DeleteSnapshot(w http.ResponseWriter, r *http.Request, name TemplateName, params DeleteSnapshotParams)
 	// ListTemplates List templates
 	// (GET /v1/templates)
 	ListTemplates(w http.ResponseWriter, r *http.Request)
@@ -2161,6 +2466,200 @@ func (siw *ServerInterfaceWrapper) GetSandbox(w http.ResponseWriter, r *http.Req
 	handler.ServeHTTP(w, r)
 }
 
+// ListCheckpoints operation middleware
+func (siw *ServerInterfaceWrapper) ListCheckpoints(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListCheckpoints(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreateCheckpoint operation middleware
+func (siw *ServerInterfaceWrapper) CreateCheckpoint(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params CreateCheckpointParams
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "Idempotency-Key" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Idempotency-Key")]; found {
+		var IdempotencyKey IdempotencyKey
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Idempotency-Key", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Idempotency-Key", valueList[0], &IdempotencyKey, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "Idempotency-Key", Err: err})
+			return
+		}
+
+		params.IdempotencyKey = &IdempotencyKey
+
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreateCheckpoint(w, r, id, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DeleteCheckpoint operation middleware
+func (siw *ServerInterfaceWrapper) DeleteCheckpoint(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "cid" -------------
+	var cid CheckpointID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "cid", r.PathValue("cid"), &cid, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cid", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params DeleteCheckpointParams
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "Idempotency-Key" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Idempotency-Key")]; found {
+		var IdempotencyKey IdempotencyKey
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Idempotency-Key", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Idempotency-Key", valueList[0], &IdempotencyKey, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "Idempotency-Key", Err: err})
+			return
+		}
+
+		params.IdempotencyKey = &IdempotencyKey
+
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DeleteCheckpoint(w, r, id, cid, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// RollbackSandbox operation middleware
+func (siw *ServerInterfaceWrapper) RollbackSandbox(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "cid" -------------
+	var cid CheckpointID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "cid", r.PathValue("cid"), &cid, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cid", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params RollbackSandboxParams
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "Idempotency-Key" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Idempotency-Key")]; found {
+		var IdempotencyKey IdempotencyKey
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Idempotency-Key", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Idempotency-Key", valueList[0], &IdempotencyKey, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "Idempotency-Key", Err: err})
+			return
+		}
+
+		params.IdempotencyKey = &IdempotencyKey
+
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RollbackSandbox(w, r, id, cid, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // ExecSandbox operation middleware
 func (siw *ServerInterfaceWrapper) ExecSandbox(w http.ResponseWriter, r *http.Request) {
 
@@ -2510,6 +3009,56 @@ func (siw *ServerInterfaceWrapper) StatFile(w http.ResponseWriter, r *http.Reque
 	handler.ServeHTTP(w, r)
 }
 
+// ForkSandbox operation middleware
+func (siw *ServerInterfaceWrapper) ForkSandbox(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ForkSandboxParams
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "Idempotency-Key" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Idempotency-Key")]; found {
+		var IdempotencyKey IdempotencyKey
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Idempotency-Key", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Idempotency-Key", valueList[0], &IdempotencyKey, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "Idempotency-Key", Err: err})
+			return
+		}
+
+		params.IdempotencyKey = &IdempotencyKey
+
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ForkSandbox(w, r, id, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // PauseSandbox operation middleware
 func (siw *ServerInterfaceWrapper) PauseSandbox(w http.ResponseWriter, r *http.Request) {
 
@@ -2745,6 +3294,32 @@ func (siw *ServerInterfaceWrapper) ResumeSandbox(w http.ResponseWriter, r *http.
 	handler.ServeHTTP(w, r)
 }
 
+// GetSandboxStorage operation middleware
+func (siw *ServerInterfaceWrapper) GetSandboxStorage(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetSandboxStorage(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // SetSandboxTimeout operation middleware
 func (siw *ServerInterfaceWrapper) SetSandboxTimeout(w http.ResponseWriter, r *http.Request) {
 
@@ -2786,6 +3361,156 @@ func (siw *ServerInterfaceWrapper) SetSandboxTimeout(w http.ResponseWriter, r *h
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.SetSandboxTimeout(w, r, id, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListSnapshots operation middleware
+func (siw *ServerInterfaceWrapper) ListSnapshots(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListSnapshotsParams
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "type" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "type", r.URL.Query(), &params.Type, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "type"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "type", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListSnapshots(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreateSnapshot operation middleware
+func (siw *ServerInterfaceWrapper) CreateSnapshot(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params CreateSnapshotParams
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "Idempotency-Key" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Idempotency-Key")]; found {
+		var IdempotencyKey IdempotencyKey
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Idempotency-Key", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Idempotency-Key", valueList[0], &IdempotencyKey, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "Idempotency-Key", Err: err})
+			return
+		}
+
+		params.IdempotencyKey = &IdempotencyKey
+
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreateSnapshot(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DeleteSnapshot operation middleware
+func (siw *ServerInterfaceWrapper) DeleteSnapshot(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "name" -------------
+	var name TemplateName
+
+	err = runtime.BindStyledParameterWithOptions("simple", "name", r.PathValue("name"), &name, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "name", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params DeleteSnapshotParams
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "Idempotency-Key" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Idempotency-Key")]; found {
+		var IdempotencyKey IdempotencyKey
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Idempotency-Key", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Idempotency-Key", valueList[0], &IdempotencyKey, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "Idempotency-Key", Err: err})
+			return
+		}
+
+		params.IdempotencyKey = &IdempotencyKey
+
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DeleteSnapshot(w, r, name, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2954,6 +3679,15 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/resume", wrapper.ResumeSandbox)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/ping", wrapper.PingSandbox)
 	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/v1/sandboxes/{id}/timeout", wrapper.SetSandboxTimeout)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/fork", wrapper.ForkSandbox)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/checkpoints", wrapper.ListCheckpoints)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/checkpoints", wrapper.CreateCheckpoint)
+	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/sandboxes/{id}/checkpoints/{cid}", wrapper.DeleteCheckpoint)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/checkpoints/{cid}/rollback", wrapper.RollbackSandbox)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/storage", wrapper.GetSandboxStorage)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/snapshots", wrapper.ListSnapshots)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/snapshots", wrapper.CreateSnapshot)
+	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/snapshots/{name}", wrapper.DeleteSnapshot)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/exec", wrapper.ExecSandbox)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/processes", wrapper.ListProcesses)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/processes/{pid}/signal", wrapper.SignalProcess)
@@ -3751,6 +4485,163 @@ func (response GetSandboxdefaultJSONResponse) VisitGetSandboxResponse(w http.Res
 	return err
 }
 
+type ListCheckpointsRequestObject struct {
+	ID SandboxID `json:"id"`
+}
+
+type ListCheckpointsResponseObject interface {
+	VisitListCheckpointsResponse(w http.ResponseWriter) error
+}
+
+type ListCheckpoints200JSONResponse CheckpointList
+
+func (response ListCheckpoints200JSONResponse) VisitListCheckpointsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListCheckpointsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ListCheckpointsdefaultJSONResponse) VisitListCheckpointsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type CreateCheckpointRequestObject struct {
+	ID     SandboxID `json:"id"`
+	Params CreateCheckpointParams
+	Body   *CreateCheckpointJSONRequestBody
+}
+
+type CreateCheckpointResponseObject interface {
+	VisitCreateCheckpointResponse(w http.ResponseWriter) error
+}
+
+type CreateCheckpoint201JSONResponse Checkpoint
+
+func (response CreateCheckpoint201JSONResponse) VisitCreateCheckpointResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(201)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type CreateCheckpointdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response CreateCheckpointdefaultJSONResponse) VisitCreateCheckpointResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type DeleteCheckpointRequestObject struct {
+	ID     SandboxID    `json:"id"`
+	Cid    CheckpointID `json:"cid"`
+	Params DeleteCheckpointParams
+}
+
+type DeleteCheckpointResponseObject interface {
+	VisitDeleteCheckpointResponse(w http.ResponseWriter) error
+}
+
+type DeleteCheckpoint204Response struct {
+}
+
+func (response DeleteCheckpoint204Response) VisitDeleteCheckpointResponse(w http.ResponseWriter) error {
+	w.WriteHeader(204)
+	return nil
+}
+
+type DeleteCheckpointdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response DeleteCheckpointdefaultJSONResponse) VisitDeleteCheckpointResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type RollbackSandboxRequestObject struct {
+	ID     SandboxID    `json:"id"`
+	Cid    CheckpointID `json:"cid"`
+	Params RollbackSandboxParams
+	Body   *RollbackSandboxJSONRequestBody
+}
+
+type RollbackSandboxResponseObject interface {
+	VisitRollbackSandboxResponse(w http.ResponseWriter) error
+}
+
+type RollbackSandbox200JSONResponse RollbackResult
+
+func (response RollbackSandbox200JSONResponse) VisitRollbackSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type RollbackSandboxdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response RollbackSandboxdefaultJSONResponse) VisitRollbackSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 type ExecSandboxRequestObject struct {
 	ID     SandboxID `json:"id"`
 	Params ExecSandboxParams
@@ -4002,6 +4893,47 @@ func (response StatFiledefaultJSONResponse) VisitStatFileResponse(w http.Respons
 	return err
 }
 
+type ForkSandboxRequestObject struct {
+	ID     SandboxID `json:"id"`
+	Params ForkSandboxParams
+	Body   *ForkSandboxJSONRequestBody
+}
+
+type ForkSandboxResponseObject interface {
+	VisitForkSandboxResponse(w http.ResponseWriter) error
+}
+
+type ForkSandbox201JSONResponse []ForkedSandbox
+
+func (response ForkSandbox201JSONResponse) VisitForkSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(201)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ForkSandboxdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ForkSandboxdefaultJSONResponse) VisitForkSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 type PauseSandboxRequestObject struct {
 	ID     SandboxID `json:"id"`
 	Params PauseSandboxParams
@@ -4199,6 +5131,45 @@ func (response ResumeSandboxdefaultJSONResponse) VisitResumeSandboxResponse(w ht
 	return err
 }
 
+type GetSandboxStorageRequestObject struct {
+	ID SandboxID `json:"id"`
+}
+
+type GetSandboxStorageResponseObject interface {
+	VisitGetSandboxStorageResponse(w http.ResponseWriter) error
+}
+
+type GetSandboxStorage200JSONResponse SandboxStorage
+
+func (response GetSandboxStorage200JSONResponse) VisitGetSandboxStorageResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetSandboxStoragedefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response GetSandboxStoragedefaultJSONResponse) VisitGetSandboxStorageResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 type SetSandboxTimeoutRequestObject struct {
 	ID     SandboxID `json:"id"`
 	Params SetSandboxTimeoutParams
@@ -4229,6 +5200,119 @@ type SetSandboxTimeoutdefaultJSONResponse struct {
 }
 
 func (response SetSandboxTimeoutdefaultJSONResponse) VisitSetSandboxTimeoutResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListSnapshotsRequestObject struct {
+	Params ListSnapshotsParams
+}
+
+type ListSnapshotsResponseObject interface {
+	VisitListSnapshotsResponse(w http.ResponseWriter) error
+}
+
+type ListSnapshots200JSONResponse SnapshotList
+
+func (response ListSnapshots200JSONResponse) VisitListSnapshotsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListSnapshotsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ListSnapshotsdefaultJSONResponse) VisitListSnapshotsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type CreateSnapshotRequestObject struct {
+	Params CreateSnapshotParams
+	Body   *CreateSnapshotJSONRequestBody
+}
+
+type CreateSnapshotResponseObject interface {
+	VisitCreateSnapshotResponse(w http.ResponseWriter) error
+}
+
+type CreateSnapshot201JSONResponse Snapshot
+
+func (response CreateSnapshot201JSONResponse) VisitCreateSnapshotResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(201)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type CreateSnapshotdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response CreateSnapshotdefaultJSONResponse) VisitCreateSnapshotResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type DeleteSnapshotRequestObject struct {
+	Name   TemplateName `json:"name"`
+	Params DeleteSnapshotParams
+}
+
+type DeleteSnapshotResponseObject interface {
+	VisitDeleteSnapshotResponse(w http.ResponseWriter) error
+}
+
+type DeleteSnapshot204Response struct {
+}
+
+func (response DeleteSnapshot204Response) VisitDeleteSnapshotResponse(w http.ResponseWriter) error {
+	w.WriteHeader(204)
+	return nil
+}
+
+type DeleteSnapshotdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response DeleteSnapshotdefaultJSONResponse) VisitDeleteSnapshotResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
 	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
@@ -4340,6 +5424,18 @@ type StrictServerInterface interface {
 	// GetSandbox Get a sandbox
 	// (GET /v1/sandboxes/{id})
 	GetSandbox(ctx context.Context, request GetSandboxRequestObject) (GetSandboxResponseObject, error)
+	// ListCheckpoints List a sandbox's checkpoints
+	// (GET /v1/sandboxes/{id}/checkpoints)
+	ListCheckpoints(ctx context.Context, request ListCheckpointsRequestObject) (ListCheckpointsResponseObject, error)
+	// CreateCheckpoint Save the moment of a sandbox
+	// (POST /v1/sandboxes/{id}/checkpoints)
+	CreateCheckpoint(ctx context.Context, request CreateCheckpointRequestObject) (CreateCheckpointResponseObject, error)
+	// DeleteCheckpoint Delete a checkpoint
+	// (DELETE /v1/sandboxes/{id}/checkpoints/{cid})
+	DeleteCheckpoint(ctx context.Context, request DeleteCheckpointRequestObject) (DeleteCheckpointResponseObject, error)
+	// RollbackSandbox Take a sandbox back to a checkpoint
+	// (POST /v1/sandboxes/{id}/checkpoints/{cid}/rollback)
+	RollbackSandbox(ctx context.Context, request RollbackSandboxRequestObject) (RollbackSandboxResponseObject, error)
 	// ExecSandbox Run a command
 	// (POST /v1/sandboxes/{id}/exec)
 	ExecSandbox(ctx context.Context, request ExecSandboxRequestObject) (ExecSandboxResponseObject, error)
@@ -4358,6 +5454,9 @@ type StrictServerInterface interface {
 	// StatFile Describe a file
 	// (GET /v1/sandboxes/{id}/files/stat)
 	StatFile(ctx context.Context, request StatFileRequestObject) (StatFileResponseObject, error)
+	// ForkSandbox Make children of a sandbox as it is now
+	// (POST /v1/sandboxes/{id}/fork)
+	ForkSandbox(ctx context.Context, request ForkSandboxRequestObject) (ForkSandboxResponseObject, error)
 	// PauseSandbox Pause a sandbox
 	// (POST /v1/sandboxes/{id}/pause)
 	PauseSandbox(ctx context.Context, request PauseSandboxRequestObject) (PauseSandboxResponseObject, error)
@@ -4373,9 +5472,21 @@ type StrictServerInterface interface {
 	// ResumeSandbox Resume a sandbox
 	// (POST /v1/sandboxes/{id}/resume)
 	ResumeSandbox(ctx context.Context, request ResumeSandboxRequestObject) (ResumeSandboxResponseObject, error)
+	// GetSandboxStorage What a sandbox costs on disk
+	// (GET /v1/sandboxes/{id}/storage)
+	GetSandboxStorage(ctx context.Context, request GetSandboxStorageRequestObject) (GetSandboxStorageResponseObject, error)
 	// SetSandboxTimeout Set the idle timeout
 	// (PUT /v1/sandboxes/{id}/timeout)
 	SetSandboxTimeout(ctx context.Context, request SetSandboxTimeoutRequestObject) (SetSandboxTimeoutResponseObject, error)
+	// ListSnapshots List what sandboxes can be made from
+	// (GET /v1/snapshots)
+	ListSnapshots(ctx context.Context, request ListSnapshotsRequestObject) (ListSnapshotsResponseObject, error)
+	// CreateSnapshot Make a template of a sandbox as it is now
+	// (POST /v1/snapshots)
+	CreateSnapshot(ctx context.Context, request CreateSnapshotRequestObject) (CreateSnapshotResponseObject, error)
+	// DeleteSnapshot Delete a snapshot
+	// (DELETE /v1/snapshots/{name})
+	DeleteSnapshot(ctx context.Context, request DeleteSnapshotRequestObject) (DeleteSnapshotResponseObject, error)
 	// ListTemplates List templates
 	// (GET /v1/templates)
 	ListTemplates(ctx context.Context, request ListTemplatesRequestObject) (ListTemplatesResponseObject, error)
@@ -4998,6 +6109,135 @@ func (sh *strictHandler) GetSandbox(w http.ResponseWriter, r *http.Request, id S
 	}
 }
 
+// ListCheckpoints operation middleware
+func (sh *strictHandler) ListCheckpoints(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var request ListCheckpointsRequestObject
+
+	request.ID = id
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ListCheckpoints(ctx, request.(ListCheckpointsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ListCheckpoints")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ListCheckpointsResponseObject); ok {
+		if err := validResponse.VisitListCheckpointsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// CreateCheckpoint operation middleware
+func (sh *strictHandler) CreateCheckpoint(w http.ResponseWriter, r *http.Request, id SandboxID, params CreateCheckpointParams) {
+	var request CreateCheckpointRequestObject
+
+	request.ID = id
+	request.Params = params
+
+	var body CreateCheckpointJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		if !errors.Is(err, io.EOF) {
+			sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+			return
+		}
+	} else {
+		request.Body = &body
+	}
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.CreateCheckpoint(ctx, request.(CreateCheckpointRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "CreateCheckpoint")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(CreateCheckpointResponseObject); ok {
+		if err := validResponse.VisitCreateCheckpointResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// DeleteCheckpoint operation middleware
+func (sh *strictHandler) DeleteCheckpoint(w http.ResponseWriter, r *http.Request, id SandboxID, cid CheckpointID, params DeleteCheckpointParams) {
+	var request DeleteCheckpointRequestObject
+
+	request.ID = id
+	request.Cid = cid
+	request.Params = params
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.DeleteCheckpoint(ctx, request.(DeleteCheckpointRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "DeleteCheckpoint")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(DeleteCheckpointResponseObject); ok {
+		if err := validResponse.VisitDeleteCheckpointResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// RollbackSandbox operation middleware
+func (sh *strictHandler) RollbackSandbox(w http.ResponseWriter, r *http.Request, id SandboxID, cid CheckpointID, params RollbackSandboxParams) {
+	var request RollbackSandboxRequestObject
+
+	request.ID = id
+	request.Cid = cid
+	request.Params = params
+
+	var body RollbackSandboxJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		if !errors.Is(err, io.EOF) {
+			sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+			return
+		}
+	} else {
+		request.Body = &body
+	}
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.RollbackSandbox(ctx, request.(RollbackSandboxRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "RollbackSandbox")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(RollbackSandboxResponseObject); ok {
+		if err := validResponse.VisitRollbackSandboxResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
 // ExecSandbox operation middleware
 func (sh *strictHandler) ExecSandbox(w http.ResponseWriter, r *http.Request, id SandboxID, params ExecSandboxParams) {
 	var request ExecSandboxRequestObject
@@ -5181,6 +6421,43 @@ func (sh *strictHandler) StatFile(w http.ResponseWriter, r *http.Request, id San
 	}
 }
 
+// ForkSandbox operation middleware
+func (sh *strictHandler) ForkSandbox(w http.ResponseWriter, r *http.Request, id SandboxID, params ForkSandboxParams) {
+	var request ForkSandboxRequestObject
+
+	request.ID = id
+	request.Params = params
+
+	var body ForkSandboxJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		if !errors.Is(err, io.EOF) {
+			sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+			return
+		}
+	} else {
+		request.Body = &body
+	}
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ForkSandbox(ctx, request.(ForkSandboxRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ForkSandbox")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ForkSandboxResponseObject); ok {
+		if err := validResponse.VisitForkSandboxResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
 // PauseSandbox operation middleware
 func (sh *strictHandler) PauseSandbox(w http.ResponseWriter, r *http.Request, id SandboxID, params PauseSandboxParams) {
 	var request PauseSandboxRequestObject
@@ -5343,6 +6620,32 @@ func (sh *strictHandler) ResumeSandbox(w http.ResponseWriter, r *http.Request, i
 	}
 }
 
+// GetSandboxStorage operation middleware
+func (sh *strictHandler) GetSandboxStorage(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var request GetSandboxStorageRequestObject
+
+	request.ID = id
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.GetSandboxStorage(ctx, request.(GetSandboxStorageRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetSandboxStorage")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(GetSandboxStorageResponseObject); ok {
+		if err := validResponse.VisitGetSandboxStorageResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
 // SetSandboxTimeout operation middleware
 func (sh *strictHandler) SetSandboxTimeout(w http.ResponseWriter, r *http.Request, id SandboxID, params SetSandboxTimeoutParams) {
 	var request SetSandboxTimeoutRequestObject
@@ -5370,6 +6673,92 @@ func (sh *strictHandler) SetSandboxTimeout(w http.ResponseWriter, r *http.Reques
 		sh.options.ResponseErrorHandlerFunc(w, r, err)
 	} else if validResponse, ok := response.(SetSandboxTimeoutResponseObject); ok {
 		if err := validResponse.VisitSetSandboxTimeoutResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// ListSnapshots operation middleware
+func (sh *strictHandler) ListSnapshots(w http.ResponseWriter, r *http.Request, params ListSnapshotsParams) {
+	var request ListSnapshotsRequestObject
+
+	request.Params = params
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ListSnapshots(ctx, request.(ListSnapshotsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ListSnapshots")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ListSnapshotsResponseObject); ok {
+		if err := validResponse.VisitListSnapshotsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// CreateSnapshot operation middleware
+func (sh *strictHandler) CreateSnapshot(w http.ResponseWriter, r *http.Request, params CreateSnapshotParams) {
+	var request CreateSnapshotRequestObject
+
+	request.Params = params
+
+	var body CreateSnapshotJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.CreateSnapshot(ctx, request.(CreateSnapshotRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "CreateSnapshot")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(CreateSnapshotResponseObject); ok {
+		if err := validResponse.VisitCreateSnapshotResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// DeleteSnapshot operation middleware
+func (sh *strictHandler) DeleteSnapshot(w http.ResponseWriter, r *http.Request, name TemplateName, params DeleteSnapshotParams) {
+	var request DeleteSnapshotRequestObject
+
+	request.Name = name
+	request.Params = params
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.DeleteSnapshot(ctx, request.(DeleteSnapshotRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "DeleteSnapshot")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(DeleteSnapshotResponseObject); ok {
+		if err := validResponse.VisitDeleteSnapshotResponse(w); err != nil {
 			sh.options.ResponseErrorHandlerFunc(w, r, err)
 		}
 	} else if response != nil {

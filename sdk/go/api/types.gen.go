@@ -175,6 +175,42 @@ func (e SandboxStatus) Valid() bool {
 	}
 }
 
+// Defines values for SnapshotScope.
+const (
+	SnapshotScopePlatform SnapshotScope = "platform"
+	SnapshotScopeTeam     SnapshotScope = "team"
+)
+
+// Valid indicates whether the value is a known member of the SnapshotScope enum.
+func (e SnapshotScope) Valid() bool {
+	switch e {
+	case SnapshotScopePlatform:
+		return true
+	case SnapshotScopeTeam:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for SnapshotType.
+const (
+	SnapshotTypeBase     SnapshotType = "base"
+	SnapshotTypeSnapshot SnapshotType = "snapshot"
+)
+
+// Valid indicates whether the value is a known member of the SnapshotType enum.
+func (e SnapshotType) Valid() bool {
+	switch e {
+	case SnapshotTypeBase:
+		return true
+	case SnapshotTypeSnapshot:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for StreamClientMessageType.
 const (
 	StreamClientMessageTypeClose  StreamClientMessageType = "close"
@@ -328,9 +364,53 @@ type BackgroundProcess struct {
 	PID int32 `json:"pid"`
 }
 
+// Checkpoint defines model for Checkpoint.
+type Checkpoint struct {
+	CreatedAt time.Time `json:"created_at"`
+
+	// ID Example: chk-h2k7x0w9m4q1z8c5v3b6n2a1s
+	ID string `json:"id"`
+
+	// Memory Whether it has the memory; else only the disk
+	Memory bool `json:"memory"`
+
+	// Missing Its host does not have it
+	Missing bool   `json:"missing,omitempty,omitzero"`
+	Name    string `json:"name,omitempty,omitzero"`
+
+	// OwnBytes What deleting it would free
+	OwnBytes int64 `json:"own_bytes"`
+
+	// ParentID The checkpoint that the saved state descended from
+	ParentID  string `json:"parent_id,omitempty,omitzero"`
+	SandboxID string `json:"sandbox_id"`
+
+	// SizeBytes What it would take to store it alone
+	SizeBytes int64 `json:"size_bytes"`
+}
+
+// CheckpointList defines model for CheckpointList.
+type CheckpointList struct {
+	Checkpoints []Checkpoint `json:"checkpoints"`
+}
+
+// CheckpointStorage defines model for CheckpointStorage.
+type CheckpointStorage struct {
+	ID        string `json:"id"`
+	Name      string `json:"name,omitempty,omitzero"`
+	OwnBytes  int64  `json:"own_bytes"`
+	SizeBytes int64  `json:"size_bytes"`
+}
+
 // CreateAPIKeyRequest defines model for CreateAPIKeyRequest.
 type CreateAPIKeyRequest struct {
 	Name string `json:"name"`
+}
+
+// CreateCheckpointRequest defines model for CreateCheckpointRequest.
+type CreateCheckpointRequest struct {
+	// Name Example: build-7
+	Name SandboxName `json:"name,omitempty,omitzero"`
 }
 
 // CreateHostRequest defines model for CreateHostRequest.
@@ -345,11 +425,19 @@ type CreateHostRequest struct {
 
 // CreateSandboxRequest defines model for CreateSandboxRequest.
 type CreateSandboxRequest struct {
+	// AutoResume Requests for commands, files and processes wake it when it is paused, and wait for that
+	AutoResume bool `json:"auto_resume,omitempty,omitzero"`
+
 	// DiskMB At least the template's, which is the default
 	DiskMB int32 `json:"disk_mb,omitempty,omitzero"`
 
 	// Env Environment variables: names of letters, digits and _
-	Env      Env   `json:"env,omitempty,omitzero"`
+	Env Env `json:"env,omitempty,omitzero"`
+
+	// From A checkpoint to begin with, instead of a template
+	From string `json:"from,omitempty,omitzero"`
+
+	// MemoryMB 512 unless said; a snapshot or checkpoint has its own, which cannot be changed
 	MemoryMB int32 `json:"memory_mb,omitempty,omitzero"`
 
 	// Metadata Your own labels; keys of 1–128 characters without =
@@ -359,15 +447,27 @@ type CreateSandboxRequest struct {
 	Name SandboxName `json:"name,omitempty,omitzero"`
 
 	// OnTimeout What happens after `timeout_sec` without activity: a running command, an open terminal or stream, a transfer and a ping are activity
-	OnTimeout OnTimeout    `json:"on_timeout,omitempty,omitzero"`
-	Template  TemplateName `json:"template,omitempty,omitzero"`
+	OnTimeout OnTimeout `json:"on_timeout,omitempty,omitzero"`
+
+	// Template An image or one of the team's snapshots; default: minimal
+	Template TemplateName `json:"template,omitempty,omitzero"`
 
 	// TimeoutSec Seconds of idleness after which `on_timeout` happens; 0 means never
 	TimeoutSec int32 `json:"timeout_sec,omitempty,omitzero"`
 
 	// User Default user of commands and files; default: the template's
-	User  UnixUser `json:"user,omitempty,omitzero"`
-	Vcpus int32    `json:"vcpus,omitempty,omitzero"`
+	User UnixUser `json:"user,omitempty,omitzero"`
+
+	// Vcpus 1 unless said; a snapshot or checkpoint has its own, which cannot be changed
+	Vcpus int32 `json:"vcpus,omitempty,omitzero"`
+}
+
+// CreateSnapshotRequest defines model for CreateSnapshotRequest.
+type CreateSnapshotRequest struct {
+	// Name Default: the snapshot's id
+	Name      TemplateName `json:"name,omitempty,omitzero"`
+	Overwrite bool         `json:"overwrite,omitempty,omitzero"`
+	SandboxID string       `json:"sandbox_id"`
 }
 
 // Email Example: ada@example.com
@@ -392,6 +492,21 @@ type ErrorBody struct {
 	// Message What is wrong and what to do
 	Message   string `json:"message"`
 	RequestID string `json:"request_id"`
+}
+
+// Event defines model for Event.
+type Event struct {
+	CreatedAt time.Time              `json:"created_at"`
+	Data      map[string]interface{} `json:"data"`
+	ID        int64                  `json:"id"`
+
+	// Subject The sandbox or snapshot
+	//
+	// Example: sb-h2k7x0w9m4q1z8c5v3b6n2a1s
+	Subject string `json:"subject"`
+
+	// Type Example: sandbox.running
+	Type string `json:"type"`
 }
 
 // ExecRequest defines model for ExecRequest.
@@ -467,6 +582,26 @@ type FileEntryType string
 // FileList defines model for FileList.
 type FileList struct {
 	Entries []FileEntry `json:"entries"`
+}
+
+// ForkRequest defines model for ForkRequest.
+type ForkRequest struct {
+	Count int32 `json:"count,omitempty,omitzero"`
+
+	// Env Added to what the source has
+	Env Env `json:"env,omitempty,omitzero"`
+
+	// Metadata Added to what the source has
+	Metadata Metadata `json:"metadata,omitempty,omitzero"`
+
+	// Name Several get it with -1, -2, …
+	Name SandboxName `json:"name,omitempty,omitzero"`
+}
+
+// ForkedSandbox One of both
+type ForkedSandbox struct {
+	Error   ErrorBody `json:"error,omitempty,omitzero"`
+	Sandbox Sandbox   `json:"sandbox,omitempty,omitzero"`
 }
 
 // Health defines model for Health.
@@ -699,6 +834,9 @@ type Path = string
 
 // PauseRequest defines model for PauseRequest.
 type PauseRequest struct {
+	// Durable Answer only when the state survives a power cut
+	Durable bool `json:"durable,omitempty,omitzero"`
+
 	// Memory Keep the memory too
 	Memory bool `json:"memory,omitempty,omitzero"`
 }
@@ -745,14 +883,37 @@ type ResumeRequest struct {
 	TimeoutSec int32 `json:"timeout_sec,omitempty,omitzero"`
 }
 
+// RollbackRequest defines model for RollbackRequest.
+type RollbackRequest struct {
+	// Discard Do not keep the state left behind
+	Discard bool `json:"discard,omitempty,omitzero"`
+}
+
+// RollbackResult defines model for RollbackResult.
+type RollbackResult struct {
+	// LeftAs The checkpoint that the state left behind became
+	LeftAs  string  `json:"left_as,omitempty,omitzero"`
+	Sandbox Sandbox `json:"sandbox"`
+}
+
 // Sandbox defines model for Sandbox.
 type Sandbox struct {
+	AutoResume bool `json:"auto_resume"`
+
+	// Cold It was booted: the first of its template and size is
+	Cold      bool      `json:"cold"`
 	CreatedAt time.Time `json:"created_at"`
 	DiskMB    int32     `json:"disk_mb"`
 
+	// DurableAt Since when its paused state survives a power cut
+	DurableAt time.Time `json:"durable_at,omitempty,omitzero"`
+
 	// ExpiresAt When it will have been idle for `timeout_sec`
 	ExpiresAt time.Time `json:"expires_at,omitempty,omitzero"`
-	HostID    string    `json:"host_id"`
+
+	// From The checkpoint, snapshot or sandbox that it was made from, if not an image
+	From   string `json:"from,omitempty,omitzero"`
+	HostID string `json:"host_id"`
 
 	// HostOnline False while the host cannot be reached; the status is then the last that was known
 	HostOnline bool `json:"host_online"`
@@ -789,6 +950,14 @@ type SandboxName = string
 
 // SandboxStatus defines model for SandboxStatus.
 type SandboxStatus string
+
+// SandboxStorage defines model for SandboxStorage.
+type SandboxStorage struct {
+	Checkpoints []CheckpointStorage `json:"checkpoints"`
+	Disk        StorageUsage        `json:"disk"`
+	Memory      StorageUsage        `json:"memory"`
+	Total       StorageUsage        `json:"total"`
+}
 
 // Session defines model for Session.
 type Session struct {
@@ -827,6 +996,54 @@ type SignupRequest struct {
 	Email    Email  `json:"email"`
 	Name     string `json:"name,omitempty,omitzero"`
 	Password string `json:"password"`
+}
+
+// Snapshot defines model for Snapshot.
+type Snapshot struct {
+	CreatedAt   time.Time `json:"created_at"`
+	DefaultUser string    `json:"default_user"`
+	DiskMB      int64     `json:"disk_mb"`
+
+	// HostID The host that has it
+	HostID string `json:"host_id,omitempty,omitzero"`
+	ID     string `json:"id"`
+
+	// Memory Whether it has the memory; else only the disk
+	Memory   bool   `json:"memory,omitempty,omitzero"`
+	MemoryMB int32  `json:"memory_mb,omitempty,omitzero"`
+	Name     string `json:"name"`
+	OwnBytes int64  `json:"own_bytes,omitempty,omitzero"`
+
+	// SandboxID What it was made of
+	SandboxID string        `json:"sandbox_id,omitempty,omitzero"`
+	Scope     SnapshotScope `json:"scope"`
+	SizeBytes int64         `json:"size_bytes,omitempty,omitzero"`
+
+	// Template What that was made from
+	Template string       `json:"template,omitempty,omitzero"`
+	Type     SnapshotType `json:"type"`
+	Vcpus    int32        `json:"vcpus,omitempty,omitzero"`
+}
+
+// SnapshotScope defines model for Snapshot.Scope.
+type SnapshotScope string
+
+// SnapshotList defines model for SnapshotList.
+type SnapshotList struct {
+	NextCursor string     `json:"next_cursor,omitempty,omitzero"`
+	Snapshots  []Snapshot `json:"snapshots"`
+}
+
+// SnapshotType defines model for SnapshotType.
+type SnapshotType string
+
+// StorageUsage defines model for StorageUsage.
+type StorageUsage struct {
+	// OwnBytes What nothing else on the host shares with it
+	OwnBytes int64 `json:"own_bytes"`
+
+	// SizeBytes What it would take to store it alone
+	SizeBytes int64 `json:"size_bytes"`
 }
 
 // StreamClientMessage A message from the client of exec/stream, pty and attach. Which fields count depends on `type`.
@@ -960,6 +1177,9 @@ type WatchMessageEvent string
 // WatchMessageType defines model for WatchMessage.Type.
 type WatchMessageType string
 
+// CheckpointID defines model for CheckpointID.
+type CheckpointID = string
+
 // Cursor defines model for Cursor.
 type Cursor = string
 
@@ -1006,6 +1226,16 @@ type CreateAPIKeyParams struct {
 type DeleteAPIKeyParams struct {
 	// IdempotencyKey Makes a repetition of the request safe
 	IdempotencyKey IdempotencyKey `json:"Idempotency-Key,omitempty,omitzero"`
+}
+
+// StreamEventsParams defines parameters for StreamEvents.
+type StreamEventsParams struct {
+	// After As Last-Event-ID, which has precedence; 0 is the beginning
+	After int64 `form:"after,omitempty" json:"after,omitempty,omitzero"`
+
+	// Subject Only of this sandbox or snapshot
+	Subject     string `form:"subject,omitempty" json:"subject,omitempty,omitzero"`
+	LastEventID string `json:"Last-Event-ID,omitempty,omitzero"`
 }
 
 // ListHostsParams defines parameters for ListHosts.
@@ -1074,6 +1304,24 @@ type CreateSandboxParams struct {
 
 // DeleteSandboxParams defines parameters for DeleteSandbox.
 type DeleteSandboxParams struct {
+	// IdempotencyKey Makes a repetition of the request safe
+	IdempotencyKey IdempotencyKey `json:"Idempotency-Key,omitempty,omitzero"`
+}
+
+// CreateCheckpointParams defines parameters for CreateCheckpoint.
+type CreateCheckpointParams struct {
+	// IdempotencyKey Makes a repetition of the request safe
+	IdempotencyKey IdempotencyKey `json:"Idempotency-Key,omitempty,omitzero"`
+}
+
+// DeleteCheckpointParams defines parameters for DeleteCheckpoint.
+type DeleteCheckpointParams struct {
+	// IdempotencyKey Makes a repetition of the request safe
+	IdempotencyKey IdempotencyKey `json:"Idempotency-Key,omitempty,omitzero"`
+}
+
+// RollbackSandboxParams defines parameters for RollbackSandbox.
+type RollbackSandboxParams struct {
 	// IdempotencyKey Makes a repetition of the request safe
 	IdempotencyKey IdempotencyKey `json:"Idempotency-Key,omitempty,omitzero"`
 }
@@ -1159,6 +1407,12 @@ type WatchFilesParams struct {
 	User FileUser `form:"user,omitempty" json:"user,omitempty,omitzero"`
 }
 
+// ForkSandboxParams defines parameters for ForkSandbox.
+type ForkSandboxParams struct {
+	// IdempotencyKey Makes a repetition of the request safe
+	IdempotencyKey IdempotencyKey `json:"Idempotency-Key,omitempty,omitzero"`
+}
+
 // PauseSandboxParams defines parameters for PauseSandbox.
 type PauseSandboxParams struct {
 	// IdempotencyKey Makes a repetition of the request safe
@@ -1189,6 +1443,28 @@ type SetSandboxTimeoutParams struct {
 	IdempotencyKey IdempotencyKey `json:"Idempotency-Key,omitempty,omitzero"`
 }
 
+// ListSnapshotsParams defines parameters for ListSnapshots.
+type ListSnapshotsParams struct {
+	// Limit Most items of the answer
+	Limit Limit `form:"limit,omitempty" json:"limit,omitempty,omitzero"`
+
+	// Cursor `next_cursor` of the former answer
+	Cursor Cursor       `form:"cursor,omitempty" json:"cursor,omitempty,omitzero"`
+	Type   SnapshotType `form:"type,omitempty" json:"type,omitempty,omitzero"`
+}
+
+// CreateSnapshotParams defines parameters for CreateSnapshot.
+type CreateSnapshotParams struct {
+	// IdempotencyKey Makes a repetition of the request safe
+	IdempotencyKey IdempotencyKey `json:"Idempotency-Key,omitempty,omitzero"`
+}
+
+// DeleteSnapshotParams defines parameters for DeleteSnapshot.
+type DeleteSnapshotParams struct {
+	// IdempotencyKey Makes a repetition of the request safe
+	IdempotencyKey IdempotencyKey `json:"Idempotency-Key,omitempty,omitzero"`
+}
+
 // CreateAPIKeyJSONRequestBody defines body for CreateAPIKey for application/json ContentType.
 type CreateAPIKeyJSONRequestBody = CreateAPIKeyRequest
 
@@ -1213,6 +1489,12 @@ type AddHostTagJSONRequestBody = AddTagRequest
 // CreateSandboxJSONRequestBody defines body for CreateSandbox for application/json ContentType.
 type CreateSandboxJSONRequestBody = CreateSandboxRequest
 
+// CreateCheckpointJSONRequestBody defines body for CreateCheckpoint for application/json ContentType.
+type CreateCheckpointJSONRequestBody = CreateCheckpointRequest
+
+// RollbackSandboxJSONRequestBody defines body for RollbackSandbox for application/json ContentType.
+type RollbackSandboxJSONRequestBody = RollbackRequest
+
 // ExecSandboxJSONRequestBody defines body for ExecSandbox for application/json ContentType.
 type ExecSandboxJSONRequestBody = ExecRequest
 
@@ -1221,6 +1503,9 @@ type MakeDirJSONRequestBody = MakeDirRequest
 
 // MoveFileJSONRequestBody defines body for MoveFile for application/json ContentType.
 type MoveFileJSONRequestBody = MoveFileRequest
+
+// ForkSandboxJSONRequestBody defines body for ForkSandbox for application/json ContentType.
+type ForkSandboxJSONRequestBody = ForkRequest
 
 // PauseSandboxJSONRequestBody defines body for PauseSandbox for application/json ContentType.
 type PauseSandboxJSONRequestBody = PauseRequest
@@ -1233,3 +1518,6 @@ type ResumeSandboxJSONRequestBody = ResumeRequest
 
 // SetSandboxTimeoutJSONRequestBody defines body for SetSandboxTimeout for application/json ContentType.
 type SetSandboxTimeoutJSONRequestBody = SetTimeoutRequest
+
+// CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
+type CreateSnapshotJSONRequestBody = CreateSnapshotRequest

@@ -76,7 +76,7 @@ func (q *Queries) DropHostTemplates(ctx context.Context, arg DropHostTemplatesPa
 }
 
 const getHost = `-- name: GetHost :one
-SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint FROM hosts
+SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint, moments_compared_at FROM hosts
 WHERE id = $1 AND deleted_at IS NULL AND ($2::text IS NULL OR team_id = $2)
 `
 
@@ -124,6 +124,7 @@ func (q *Queries) GetHost(ctx context.Context, arg GetHostParams) (Host, error) 
 		&i.CertFingerprint,
 		&i.MTLSEnabled,
 		&i.NextCertFingerprint,
+		&i.MomentsComparedAt,
 	)
 	return i, err
 }
@@ -356,7 +357,7 @@ const insertHost = `-- name: InsertHost :one
 
 INSERT INTO hosts (id, type, team_id, provider, availability_zone, created_by)
 VALUES ($1, $2, $3, $4, $5, $6)
-RETURNING id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint
+RETURNING id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint, moments_compared_at
 `
 
 type InsertHostParams struct {
@@ -415,6 +416,7 @@ func (q *Queries) InsertHost(ctx context.Context, arg InsertHostParams) (Host, e
 		&i.CertFingerprint,
 		&i.MTLSEnabled,
 		&i.NextCertFingerprint,
+		&i.MomentsComparedAt,
 	)
 	return i, err
 }
@@ -444,7 +446,7 @@ func (q *Queries) InsertHostToken(ctx context.Context, arg InsertHostTokenParams
 }
 
 const listHosts = `-- name: ListHosts :many
-SELECT h.id, h.type, h.team_id, h.provider, h.availability_zone, h.arch, h.cpu_cores, h.memory_mb, h.disk_gb, h.address, h.status, h.last_heartbeat_at, h.created_by, h.created_at, h.updated_at, h.deleted_at, h.draining, h.versions, h.driver, h.acceleration, h.cpu_model, h.capacity_vcpus, h.capacity_memory_mb, h.capacity_disk_mb, h.free_memory_mb, h.free_disk_mb, h.load1, h.running, h.sandboxes_limit, h.state_revision, h.applied_revision, h.reconciled_at, h.cert_fingerprint, h.mtls_enabled, h.next_cert_fingerprint, (SELECT count(*) FROM sandboxes s WHERE s.host_id = h.id AND s.deleted_at IS NULL) AS sandboxes
+SELECT h.id, h.type, h.team_id, h.provider, h.availability_zone, h.arch, h.cpu_cores, h.memory_mb, h.disk_gb, h.address, h.status, h.last_heartbeat_at, h.created_by, h.created_at, h.updated_at, h.deleted_at, h.draining, h.versions, h.driver, h.acceleration, h.cpu_model, h.capacity_vcpus, h.capacity_memory_mb, h.capacity_disk_mb, h.free_memory_mb, h.free_disk_mb, h.load1, h.running, h.sandboxes_limit, h.state_revision, h.applied_revision, h.reconciled_at, h.cert_fingerprint, h.mtls_enabled, h.next_cert_fingerprint, h.moments_compared_at, (SELECT count(*) FROM sandboxes s WHERE s.host_id = h.id AND s.deleted_at IS NULL) AS sandboxes
 FROM hosts h
 WHERE h.deleted_at IS NULL
   AND ($1::text IS NULL OR h.team_id = $1)
@@ -524,6 +526,7 @@ func (q *Queries) ListHosts(ctx context.Context, arg ListHostsParams) ([]ListHos
 			&i.Host.CertFingerprint,
 			&i.Host.MTLSEnabled,
 			&i.Host.NextCertFingerprint,
+			&i.Host.MomentsComparedAt,
 			&i.Sandboxes,
 		); err != nil {
 			return nil, err
@@ -537,7 +540,7 @@ func (q *Queries) ListHosts(ctx context.Context, arg ListHostsParams) ([]ListHos
 }
 
 const lockHost = `-- name: LockHost :one
-SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint FROM hosts
+SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint, moments_compared_at FROM hosts
 WHERE id = $1 AND deleted_at IS NULL AND ($2::text IS NULL OR team_id = $2)
 FOR NO KEY UPDATE
 `
@@ -586,6 +589,7 @@ func (q *Queries) LockHost(ctx context.Context, arg LockHostParams) (Host, error
 		&i.CertFingerprint,
 		&i.MTLSEnabled,
 		&i.NextCertFingerprint,
+		&i.MomentsComparedAt,
 	)
 	return i, err
 }
@@ -685,7 +689,7 @@ UPDATE hosts SET
     status = 'online', arch = $1, cpu_cores = $2, memory_mb = $3, disk_gb = $4, address = $5,
     cert_fingerprint = $6, mtls_enabled = $7, last_heartbeat_at = now(), updated_at = now()
 WHERE id = $8 AND status = 'pending' AND deleted_at IS NULL
-RETURNING id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint
+RETURNING id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint, moments_compared_at
 `
 
 type RegisterHostParams struct {
@@ -747,6 +751,7 @@ func (q *Queries) RegisterHost(ctx context.Context, arg RegisterHostParams) (Hos
 		&i.CertFingerprint,
 		&i.MTLSEnabled,
 		&i.NextCertFingerprint,
+		&i.MomentsComparedAt,
 	)
 	return i, err
 }
@@ -821,7 +826,7 @@ func (q *Queries) SupersedeHostTokens(ctx context.Context, hostID string) ([][]b
 }
 
 const systemHost = `-- name: SystemHost :one
-SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint FROM hosts WHERE created_by = 'system' AND deleted_at IS NULL ORDER BY created_at LIMIT 1
+SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint, moments_compared_at FROM hosts WHERE created_by = 'system' AND deleted_at IS NULL ORDER BY created_at LIMIT 1
 `
 
 func (q *Queries) SystemHost(ctx context.Context) (Host, error) {
@@ -863,6 +868,7 @@ func (q *Queries) SystemHost(ctx context.Context) (Host, error) {
 		&i.CertFingerprint,
 		&i.MTLSEnabled,
 		&i.NextCertFingerprint,
+		&i.MomentsComparedAt,
 	)
 	return i, err
 }

@@ -174,6 +174,27 @@ func (q *Queries) InsertUser(ctx context.Context, arg InsertUserParams) (User, e
 	return i, err
 }
 
+const lastEvent = `-- name: LastEvent :one
+SELECT coalesce(max(seq), 0)::bigint FROM events
+`
+
+func (q *Queries) LastEvent(ctx context.Context) (int64, error) {
+	row := q.db.QueryRow(ctx, lastEvent)
+	var column_1 int64
+	err := row.Scan(&column_1)
+	return column_1, err
+}
+
+const lockEventOrder = `-- name: LockEventOrder :exec
+SELECT pg_advisory_xact_lock(2004178276357)
+`
+
+// One at a time gives events their order, so that it is also the order in which they can be seen.
+func (q *Queries) LockEventOrder(ctx context.Context) error {
+	_, err := q.db.Exec(ctx, lockEventOrder)
+	return err
+}
+
 const makeAdmin = `-- name: MakeAdmin :exec
 UPDATE users SET is_admin = true, password_hash = $1, updated_at = now() WHERE id = $2
 `
@@ -231,6 +252,34 @@ func (q *Queries) MemberByID(ctx context.Context, arg MemberByIDParams) (MemberB
 	return i, err
 }
 
+const orderEvents = `-- name: OrderEvents :many
+UPDATE events e SET seq = o.n
+FROM (SELECT w.id, nextval('events_seq') AS n
+      FROM (SELECT id FROM events WHERE seq IS NULL AND published_at IS NULL ORDER BY id LIMIT $1) w) o
+WHERE e.id = o.id
+RETURNING e.id
+`
+
+func (q *Queries) OrderEvents(ctx context.Context, maxRows int32) ([]int64, error) {
+	rows, err := q.db.Query(ctx, orderEvents, maxRows)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	items := []int64{}
+	for rows.Next() {
+		var id int64
+		if err := rows.Scan(&id); err != nil {
+			return nil, err
+		}
+		items = append(items, id)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
 const purgeEvents = `-- name: PurgeEvents :exec
 DELETE FROM events WHERE published_at IS NOT NULL AND created_at < now() - interval '7 days'
 `
@@ -273,7 +322,7 @@ func (q *Queries) TouchAPIKey(ctx context.Context, id string) error {
 }
 
 const unpublishedEvents = `-- name: UnpublishedEvents :many
-SELECT id, type, team_id, subject, data, created_at, published_at FROM events WHERE published_at IS NULL ORDER BY id LIMIT $1
+SELECT id, type, team_id, subject, data, created_at, published_at, seq FROM events WHERE published_at IS NULL AND seq IS NOT NULL ORDER BY seq LIMIT $1
 `
 
 func (q *Queries) UnpublishedEvents(ctx context.Context, maxRows int32) ([]Event, error) {
@@ -293,6 +342,7 @@ func (q *Queries) UnpublishedEvents(ctx context.Context, maxRows int32) ([]Event
 			&i.Data,
 			&i.CreatedAt,
 			&i.PublishedAt,
+			&i.Seq,
 		); err != nil {
 			return nil, err
 		}

@@ -32,6 +32,24 @@ type AuditLog struct {
 	RequestID string
 }
 
+type Checkpoint struct {
+	ID             string
+	TeamID         string
+	SandboxID      string
+	Name           *string
+	ParentID       *string
+	Status         string
+	HasMemory      bool
+	SizeBytes      int64
+	OwnBytes       int64
+	Needs          json.RawMessage
+	OperationUntil *time.Time
+	MissingSince   *time.Time
+	CreatedBy      string
+	CreatedAt      time.Time
+	DeletedAt      *time.Time
+}
+
 type Event struct {
 	ID          int64
 	Type        string
@@ -40,6 +58,7 @@ type Event struct {
 	Data        json.RawMessage
 	CreatedAt   time.Time
 	PublishedAt *time.Time
+	Seq         *int64
 }
 
 type Host struct {
@@ -78,6 +97,7 @@ type Host struct {
 	CertFingerprint     []byte
 	MTLSEnabled         bool
 	NextCertFingerprint []byte
+	MomentsComparedAt   *time.Time
 }
 
 type HostTag struct {
@@ -152,12 +172,42 @@ type Sandbox struct {
 	UpdatedAt       time.Time
 	DeletedAt       *time.Time
 	KillOperationID *string
+	AutoResume      bool
+	Cold            bool
+	DurableAt       *time.Time
+	Needs           json.RawMessage
+	FromSandbox     *string
+	FromCheckpoint  *string
+	FromSnapshot    *string
 }
 
 type Secret struct {
 	Name      string
 	Value     []byte
 	CreatedAt time.Time
+}
+
+type Snapshot struct {
+	ID             string
+	TeamID         string
+	Name           string
+	HostID         string
+	SandboxID      string
+	Template       string
+	DefaultUser    string
+	VCPUs          int32
+	MemoryMB       int32
+	DiskMB         int32
+	Status         string
+	HasMemory      bool
+	SizeBytes      int64
+	OwnBytes       int64
+	Needs          json.RawMessage
+	OperationUntil *time.Time
+	MissingSince   *time.Time
+	CreatedBy      string
+	CreatedAt      time.Time
+	DeletedAt      *time.Time
 }
 
 type Team struct {

@@ -7,33 +7,46 @@ package db
 
 import (
 	"context"
+	"encoding/json"
 	"time"
 )
 
 const applyActivity = `-- name: ApplyActivity :exec
 UPDATE sandboxes SET last_active_at = greatest(last_active_at, $1::timestamptz),
+    durable_at = CASE WHEN status = 'paused' AND revision = $2 THEN coalesce($3, durable_at) ELSE durable_at END,
     reason = CASE WHEN missing_since IS NULL THEN reason END, missing_since = NULL
-WHERE id = $2 AND host_id = $3 AND deleted_at IS NULL
-  AND (missing_since IS NOT NULL OR last_active_at IS NULL OR last_active_at < $1::timestamptz)
+WHERE id = $4 AND host_id = $5 AND deleted_at IS NULL
+  AND (missing_since IS NOT NULL OR last_active_at IS NULL OR last_active_at < $1::timestamptz
+       OR status = 'paused' AND revision = $2 AND durable_at IS DISTINCT FROM $3)
 `
 
 type ApplyActivityParams struct {
 	LastActiveAt time.Time
+	Revision     int64
+	DurableAt    *time.Time
 	ID           string
 	HostID       string
 }
 
 func (q *Queries) ApplyActivity(ctx context.Context, arg ApplyActivityParams) error {
-	_, err := q.db.Exec(ctx, applyActivity, arg.LastActiveAt, arg.ID, arg.HostID)
+	_, err := q.db.Exec(ctx, applyActivity,
+		arg.LastActiveAt,
+		arg.Revision,
+		arg.DurableAt,
+		arg.ID,
+		arg.HostID,
+	)
 	return err
 }
 
 const applyReport = `-- name: ApplyReport :one
 UPDATE sandboxes SET status = $1, reason = $2, revision = $3,
-    last_active_at = greatest(last_active_at, $4), missing_since = NULL, updated_at = now()
-WHERE id = $5 AND host_id = $6 AND deleted_at IS NULL AND status = $7 AND revision < $3
+    last_active_at = greatest(last_active_at, $4), missing_since = NULL,
+    durable_at = $5, needs = $6,
+    operation_until = CASE WHEN $1 IN ('pausing', 'resuming') THEN operation_until END, updated_at = now()
+WHERE id = $7 AND host_id = $8 AND deleted_at IS NULL AND status = $9 AND revision < $3
   AND status IN ('running', 'pausing', 'paused', 'resuming') -- a create or delete that was decided is not taken back
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
 `
 
 type ApplyReportParams struct {
@@ -41,6 +54,8 @@ type ApplyReportParams struct {
 	Reason       *string
 	Revision     int64
 	LastActiveAt *time.Time
+	DurableAt    *time.Time
+	Needs        json.RawMessage
 	ID           string
 	HostID       string
 	FormerStatus string
@@ -52,6 +67,8 @@ func (q *Queries) ApplyReport(ctx context.Context, arg ApplyReportParams) (Sandb
 		arg.Reason,
 		arg.Revision,
 		arg.LastActiveAt,
+		arg.DurableAt,
+		arg.Needs,
 		arg.ID,
 		arg.HostID,
 		arg.FormerStatus,
@@ -85,6 +102,13 @@ func (q *Queries) ApplyReport(ctx context.Context, arg ApplyReportParams) (Sandb
 		&i.UpdatedAt,
 		&i.DeletedAt,
 		&i.KillOperationID,
+		&i.AutoResume,
+		&i.Cold,
+		&i.DurableAt,
+		&i.Needs,
+		&i.FromSandbox,
+		&i.FromCheckpoint,
+		&i.FromSnapshot,
 	)
 	return i, err
 }
@@ -104,7 +128,7 @@ func (q *Queries) DropKill(ctx context.Context, arg DropKillParams) error {
 }
 
 const expiredSandboxes = `-- name: ExpiredSandboxes :many
-SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id FROM sandboxes s JOIN hosts h ON h.id = s.host_id
+SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, s.auto_resume, s.cold, s.durable_at, s.needs, s.from_sandbox, s.from_checkpoint, s.from_snapshot FROM sandboxes s JOIN hosts h ON h.id = s.host_id
 WHERE s.deleted_at IS NULL
   AND (s.status = 'running' AND s.timeout_sec > 0 AND s.missing_since IS NULL AND s.last_active_at + make_interval(secs => s.timeout_sec) < now()
     OR s.kill_operation_id IS NOT NULL AND s.status <> 'deleting')
@@ -156,6 +180,13 @@ func (q *Queries) ExpiredSandboxes(ctx context.Context, arg ExpiredSandboxesPara
 			&i.UpdatedAt,
 			&i.DeletedAt,
 			&i.KillOperationID,
+			&i.AutoResume,
+			&i.Cold,
+			&i.DurableAt,
+			&i.Needs,
+			&i.FromSandbox,
+			&i.FromCheckpoint,
+			&i.FromSnapshot,
 		); err != nil {
 			return nil, err
 		}
@@ -190,7 +221,7 @@ const failCreate = `-- name: FailCreate :one
 UPDATE sandboxes SET status = 'error', reason = $1, create_env = NULL, cleanup_pending = true,
     operation_until = now() + $2::interval, updated_at = now()
 WHERE id = $3 AND status = 'creating' AND operation_id = $4 AND deleted_at IS NULL
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
 `
 
 type FailCreateParams struct {
@@ -236,6 +267,13 @@ func (q *Queries) FailCreate(ctx context.Context, arg FailCreateParams) (Sandbox
 		&i.UpdatedAt,
 		&i.DeletedAt,
 		&i.KillOperationID,
+		&i.AutoResume,
+		&i.Cold,
+		&i.DurableAt,
+		&i.Needs,
+		&i.FromSandbox,
+		&i.FromCheckpoint,
+		&i.FromSnapshot,
 	)
 	return i, err
 }
@@ -252,14 +290,15 @@ func (q *Queries) FinishCleanup(ctx context.Context, id string) error {
 
 const finishCreate = `-- name: FinishCreate :one
 UPDATE sandboxes SET status = 'running', reason = NULL, revision = $1, started_at = $2, last_active_at = $2,
-    create_env = NULL, operation_until = NULL, missing_since = NULL, updated_at = now()
-WHERE id = $3 AND status = 'creating' AND operation_id = $4 AND deleted_at IS NULL
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id
+    cold = $3, create_env = NULL, operation_until = NULL, missing_since = NULL, updated_at = now()
+WHERE id = $4 AND status = 'creating' AND operation_id = $5 AND deleted_at IS NULL
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
 `
 
 type FinishCreateParams struct {
 	Revision    int64
 	StartedAt   *time.Time
+	Cold        bool
 	ID          string
 	OperationID string
 }
@@ -268,6 +307,7 @@ func (q *Queries) FinishCreate(ctx context.Context, arg FinishCreateParams) (San
 	row := q.db.QueryRow(ctx, finishCreate,
 		arg.Revision,
 		arg.StartedAt,
+		arg.Cold,
 		arg.ID,
 		arg.OperationID,
 	)
@@ -300,6 +340,13 @@ func (q *Queries) FinishCreate(ctx context.Context, arg FinishCreateParams) (San
 		&i.UpdatedAt,
 		&i.DeletedAt,
 		&i.KillOperationID,
+		&i.AutoResume,
+		&i.Cold,
+		&i.DurableAt,
+		&i.Needs,
+		&i.FromSandbox,
+		&i.FromCheckpoint,
+		&i.FromSnapshot,
 	)
 	return i, err
 }
@@ -307,7 +354,7 @@ func (q *Queries) FinishCreate(ctx context.Context, arg FinishCreateParams) (San
 const finishDelete = `-- name: FinishDelete :one
 UPDATE sandboxes SET deleted_at = now(), operation_until = NULL, cleanup_pending = false, updated_at = now()
 WHERE id = $1 AND status = 'deleting' AND deleted_at IS NULL
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
 `
 
 func (q *Queries) FinishDelete(ctx context.Context, id string) (Sandbox, error) {
@@ -341,6 +388,13 @@ func (q *Queries) FinishDelete(ctx context.Context, id string) (Sandbox, error) 
 		&i.UpdatedAt,
 		&i.DeletedAt,
 		&i.KillOperationID,
+		&i.AutoResume,
+		&i.Cold,
+		&i.DurableAt,
+		&i.Needs,
+		&i.FromSandbox,
+		&i.FromCheckpoint,
+		&i.FromSnapshot,
 	)
 	return i, err
 }
@@ -349,7 +403,7 @@ const intendKill = `-- name: IntendKill :one
 UPDATE sandboxes SET kill_operation_id = coalesce(kill_operation_id, $1::text)
 WHERE id = $2 AND deleted_at IS NULL AND on_timeout = 'kill' AND (kill_operation_id IS NOT NULL
     OR status = 'running' AND timeout_sec > 0 AND last_active_at + make_interval(secs => timeout_sec) < now())
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
 `
 
 type IntendKillParams struct {
@@ -389,6 +443,13 @@ func (q *Queries) IntendKill(ctx context.Context, arg IntendKillParams) (Sandbox
 		&i.UpdatedAt,
 		&i.DeletedAt,
 		&i.KillOperationID,
+		&i.AutoResume,
+		&i.Cold,
+		&i.DurableAt,
+		&i.Needs,
+		&i.FromSandbox,
+		&i.FromCheckpoint,
+		&i.FromSnapshot,
 	)
 	return i, err
 }
@@ -460,7 +521,7 @@ func (q *Queries) ReleaseWork(ctx context.Context, arg ReleaseWorkParams) error 
 
 const sandboxByID = `-- name: SandboxByID :one
 
-SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id FROM sandboxes WHERE id = $1
+SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot FROM sandboxes WHERE id = $1
 `
 
 // What the control plane itself does with sandboxes, whoever owns them. Not for requests: those go
@@ -496,6 +557,13 @@ func (q *Queries) SandboxByID(ctx context.Context, id string) (Sandbox, error) {
 		&i.UpdatedAt,
 		&i.DeletedAt,
 		&i.KillOperationID,
+		&i.AutoResume,
+		&i.Cold,
+		&i.DurableAt,
+		&i.Needs,
+		&i.FromSandbox,
+		&i.FromCheckpoint,
+		&i.FromSnapshot,
 	)
 	return i, err
 }
@@ -530,7 +598,7 @@ func (q *Queries) SandboxesByStatus(ctx context.Context) ([]SandboxesByStatusRow
 }
 
 const sandboxesOfHost = `-- name: SandboxesOfHost :many
-SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id FROM sandboxes WHERE (host_id = $1 AND deleted_at IS NULL) OR id = ANY($2::text[])
+SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot FROM sandboxes WHERE (host_id = $1 AND deleted_at IS NULL) OR id = ANY($2::text[])
 `
 
 type SandboxesOfHostParams struct {
@@ -577,6 +645,13 @@ func (q *Queries) SandboxesOfHost(ctx context.Context, arg SandboxesOfHostParams
 			&i.UpdatedAt,
 			&i.DeletedAt,
 			&i.KillOperationID,
+			&i.AutoResume,
+			&i.Cold,
+			&i.DurableAt,
+			&i.Needs,
+			&i.FromSandbox,
+			&i.FromCheckpoint,
+			&i.FromSnapshot,
 		); err != nil {
 			return nil, err
 		}
@@ -588,14 +663,85 @@ func (q *Queries) SandboxesOfHost(ctx context.Context, arg SandboxesOfHostParams
 	return items, nil
 }
 
+const settleChange = `-- name: SettleChange :one
+UPDATE sandboxes SET status = $1, reason = $2, revision = $3,
+    last_active_at = greatest(last_active_at, $4), missing_since = NULL,
+    durable_at = $5, needs = $6, operation_until = NULL, updated_at = now()
+WHERE id = $7 AND operation_id = $8 AND deleted_at IS NULL AND status IN ('pausing', 'resuming') AND revision <= $3
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
+`
+
+type SettleChangeParams struct {
+	Status       string
+	Reason       *string
+	Revision     int64
+	LastActiveAt *time.Time
+	DurableAt    *time.Time
+	Needs        json.RawMessage
+	ID           string
+	OperationID  string
+}
+
+// Writes what a host says became of a pause or resume, whether or not that is news.
+func (q *Queries) SettleChange(ctx context.Context, arg SettleChangeParams) (Sandbox, error) {
+	row := q.db.QueryRow(ctx, settleChange,
+		arg.Status,
+		arg.Reason,
+		arg.Revision,
+		arg.LastActiveAt,
+		arg.DurableAt,
+		arg.Needs,
+		arg.ID,
+		arg.OperationID,
+	)
+	var i Sandbox
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.HostID,
+		&i.Name,
+		&i.Status,
+		&i.Reason,
+		&i.Template,
+		&i.DefaultUser,
+		&i.VCPUs,
+		&i.MemoryMB,
+		&i.DiskMB,
+		&i.TimeoutSec,
+		&i.OnTimeout,
+		&i.Metadata,
+		&i.CreateEnv,
+		&i.Revision,
+		&i.OperationID,
+		&i.OperationUntil,
+		&i.CleanupPending,
+		&i.MissingSince,
+		&i.CreatedBy,
+		&i.CreatedAt,
+		&i.StartedAt,
+		&i.LastActiveAt,
+		&i.UpdatedAt,
+		&i.DeletedAt,
+		&i.KillOperationID,
+		&i.AutoResume,
+		&i.Cold,
+		&i.DurableAt,
+		&i.Needs,
+		&i.FromSandbox,
+		&i.FromCheckpoint,
+		&i.FromSnapshot,
+	)
+	return i, err
+}
+
 const takeWork = `-- name: TakeWork :many
 UPDATE sandboxes SET operation_until = now() + $1::interval
 WHERE id IN (
     SELECT s.id FROM sandboxes s JOIN hosts h ON h.id = s.host_id
-    WHERE s.deleted_at IS NULL AND (s.status IN ('creating', 'deleting') OR s.cleanup_pending)
+    WHERE s.deleted_at IS NULL AND (s.status IN ('creating', 'deleting', 'pausing', 'resuming') OR s.cleanup_pending)
       AND s.operation_until < now() AND h.status = 'online'
     ORDER BY s.operation_until LIMIT $2 FOR UPDATE OF s SKIP LOCKED)
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
 `
 
 type TakeWorkParams struct {
@@ -642,6 +788,13 @@ func (q *Queries) TakeWork(ctx context.Context, arg TakeWorkParams) ([]Sandbox, 
 			&i.UpdatedAt,
 			&i.DeletedAt,
 			&i.KillOperationID,
+			&i.AutoResume,
+			&i.Cold,
+			&i.DurableAt,
+			&i.Needs,
+			&i.FromSandbox,
+			&i.FromCheckpoint,
+			&i.FromSnapshot,
 		); err != nil {
 			return nil, err
 		}

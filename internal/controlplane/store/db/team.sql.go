@@ -11,13 +11,78 @@ import (
 	"time"
 )
 
+const beginChange = `-- name: BeginChange :one
+UPDATE sandboxes SET status = $1, operation_id = $2, operation_until = now() + $3::interval, updated_at = now()
+WHERE team_id = $4 AND id = $5 AND deleted_at IS NULL AND status = $6
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
+`
+
+type BeginChangeParams struct {
+	Status       string
+	OperationID  string
+	Lease        time.Duration
+	TeamID       string
+	ID           string
+	FormerStatus string
+}
+
+// Takes a sandbox for a pause or resume.
+func (q *Queries) BeginChange(ctx context.Context, arg BeginChangeParams) (Sandbox, error) {
+	row := q.db.QueryRow(ctx, beginChange,
+		arg.Status,
+		arg.OperationID,
+		arg.Lease,
+		arg.TeamID,
+		arg.ID,
+		arg.FormerStatus,
+	)
+	var i Sandbox
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.HostID,
+		&i.Name,
+		&i.Status,
+		&i.Reason,
+		&i.Template,
+		&i.DefaultUser,
+		&i.VCPUs,
+		&i.MemoryMB,
+		&i.DiskMB,
+		&i.TimeoutSec,
+		&i.OnTimeout,
+		&i.Metadata,
+		&i.CreateEnv,
+		&i.Revision,
+		&i.OperationID,
+		&i.OperationUntil,
+		&i.CleanupPending,
+		&i.MissingSince,
+		&i.CreatedBy,
+		&i.CreatedAt,
+		&i.StartedAt,
+		&i.LastActiveAt,
+		&i.UpdatedAt,
+		&i.DeletedAt,
+		&i.KillOperationID,
+		&i.AutoResume,
+		&i.Cold,
+		&i.DurableAt,
+		&i.Needs,
+		&i.FromSandbox,
+		&i.FromCheckpoint,
+		&i.FromSnapshot,
+	)
+	return i, err
+}
+
 const beginDelete = `-- name: BeginDelete :one
 UPDATE sandboxes SET status = 'deleting', operation_id = $1, operation_until = now() + $2::interval,
     create_env = NULL, updated_at = now()
 WHERE team_id = $3 AND id = $4 AND deleted_at IS NULL
   AND (status <> 'deleting' OR operation_until < now())
   AND ($5::text IS NULL OR kill_operation_id = $5)
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
 `
 
 type BeginDeleteParams struct {
@@ -67,6 +132,54 @@ func (q *Queries) BeginDelete(ctx context.Context, arg BeginDeleteParams) (Sandb
 		&i.UpdatedAt,
 		&i.DeletedAt,
 		&i.KillOperationID,
+		&i.AutoResume,
+		&i.Cold,
+		&i.DurableAt,
+		&i.Needs,
+		&i.FromSandbox,
+		&i.FromCheckpoint,
+		&i.FromSnapshot,
+	)
+	return i, err
+}
+
+const beginDeleteCheckpoint = `-- name: BeginDeleteCheckpoint :one
+UPDATE checkpoints SET status = 'deleting', operation_until = now() + $1::interval
+WHERE team_id = $2 AND sandbox_id = $3 AND id = $4 AND deleted_at IS NULL AND status IN ('ready', 'deleting')
+RETURNING id, team_id, sandbox_id, name, parent_id, status, has_memory, size_bytes, own_bytes, needs, operation_until, missing_since, created_by, created_at, deleted_at
+`
+
+type BeginDeleteCheckpointParams struct {
+	Lease     time.Duration
+	TeamID    string
+	SandboxID string
+	ID        string
+}
+
+func (q *Queries) BeginDeleteCheckpoint(ctx context.Context, arg BeginDeleteCheckpointParams) (Checkpoint, error) {
+	row := q.db.QueryRow(ctx, beginDeleteCheckpoint,
+		arg.Lease,
+		arg.TeamID,
+		arg.SandboxID,
+		arg.ID,
+	)
+	var i Checkpoint
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.SandboxID,
+		&i.Name,
+		&i.ParentID,
+		&i.Status,
+		&i.HasMemory,
+		&i.SizeBytes,
+		&i.OwnBytes,
+		&i.Needs,
+		&i.OperationUntil,
+		&i.MissingSince,
+		&i.CreatedBy,
+		&i.CreatedAt,
+		&i.DeletedAt,
 	)
 	return i, err
 }
@@ -88,8 +201,86 @@ func (q *Queries) DeleteAPIKey(ctx context.Context, arg DeleteAPIKeyParams) (int
 	return result.RowsAffected(), nil
 }
 
+const eventsAfter = `-- name: EventsAfter :many
+SELECT id, type, team_id, subject, data, created_at, published_at, seq FROM events WHERE team_id = $1 AND seq > $2 ORDER BY seq LIMIT $3
+`
+
+type EventsAfterParams struct {
+	TeamID  *string
+	After   *int64
+	MaxRows int32
+}
+
+func (q *Queries) EventsAfter(ctx context.Context, arg EventsAfterParams) ([]Event, error) {
+	rows, err := q.db.Query(ctx, eventsAfter, arg.TeamID, arg.After, arg.MaxRows)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	items := []Event{}
+	for rows.Next() {
+		var i Event
+		if err := rows.Scan(
+			&i.ID,
+			&i.Type,
+			&i.TeamID,
+			&i.Subject,
+			&i.Data,
+			&i.CreatedAt,
+			&i.PublishedAt,
+			&i.Seq,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const getCheckpoint = `-- name: GetCheckpoint :one
+SELECT c.id, c.team_id, c.sandbox_id, c.name, c.parent_id, c.status, c.has_memory, c.size_bytes, c.own_bytes, c.needs, c.operation_until, c.missing_since, c.created_by, c.created_at, c.deleted_at, s.host_id FROM checkpoints c JOIN sandboxes s ON s.id = c.sandbox_id
+WHERE c.team_id = $1 AND c.id = $2
+`
+
+type GetCheckpointParams struct {
+	TeamID string
+	ID     string
+}
+
+type GetCheckpointRow struct {
+	Checkpoint Checkpoint
+	HostID     string
+}
+
+func (q *Queries) GetCheckpoint(ctx context.Context, arg GetCheckpointParams) (GetCheckpointRow, error) {
+	row := q.db.QueryRow(ctx, getCheckpoint, arg.TeamID, arg.ID)
+	var i GetCheckpointRow
+	err := row.Scan(
+		&i.Checkpoint.ID,
+		&i.Checkpoint.TeamID,
+		&i.Checkpoint.SandboxID,
+		&i.Checkpoint.Name,
+		&i.Checkpoint.ParentID,
+		&i.Checkpoint.Status,
+		&i.Checkpoint.HasMemory,
+		&i.Checkpoint.SizeBytes,
+		&i.Checkpoint.OwnBytes,
+		&i.Checkpoint.Needs,
+		&i.Checkpoint.OperationUntil,
+		&i.Checkpoint.MissingSince,
+		&i.Checkpoint.CreatedBy,
+		&i.Checkpoint.CreatedAt,
+		&i.Checkpoint.DeletedAt,
+		&i.HostID,
+	)
+	return i, err
+}
+
 const getSandbox = `-- name: GetSandbox :one
-SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
+SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, s.auto_resume, s.cold, s.durable_at, s.needs, s.from_sandbox, s.from_checkpoint, s.from_snapshot, (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
 FROM sandboxes s JOIN hosts h ON h.id = s.host_id
 WHERE s.team_id = $1 AND s.id = $2 AND s.deleted_at IS NULL
 `
@@ -135,7 +326,51 @@ func (q *Queries) GetSandbox(ctx context.Context, arg GetSandboxParams) (GetSand
 		&i.Sandbox.UpdatedAt,
 		&i.Sandbox.DeletedAt,
 		&i.Sandbox.KillOperationID,
+		&i.Sandbox.AutoResume,
+		&i.Sandbox.Cold,
+		&i.Sandbox.DurableAt,
+		&i.Sandbox.Needs,
+		&i.Sandbox.FromSandbox,
+		&i.Sandbox.FromCheckpoint,
+		&i.Sandbox.FromSnapshot,
 		&i.HostOnline,
+	)
+	return i, err
+}
+
+const getSnapshot = `-- name: GetSnapshot :one
+SELECT id, team_id, name, host_id, sandbox_id, template, default_user, vcpus, memory_mb, disk_mb, status, has_memory, size_bytes, own_bytes, needs, operation_until, missing_since, created_by, created_at, deleted_at FROM snapshots WHERE team_id = $1 AND id = $2
+`
+
+type GetSnapshotParams struct {
+	TeamID string
+	ID     string
+}
+
+func (q *Queries) GetSnapshot(ctx context.Context, arg GetSnapshotParams) (Snapshot, error) {
+	row := q.db.QueryRow(ctx, getSnapshot, arg.TeamID, arg.ID)
+	var i Snapshot
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.Name,
+		&i.HostID,
+		&i.SandboxID,
+		&i.Template,
+		&i.DefaultUser,
+		&i.VCPUs,
+		&i.MemoryMB,
+		&i.DiskMB,
+		&i.Status,
+		&i.HasMemory,
+		&i.SizeBytes,
+		&i.OwnBytes,
+		&i.Needs,
+		&i.OperationUntil,
+		&i.MissingSince,
+		&i.CreatedBy,
+		&i.CreatedAt,
+		&i.DeletedAt,
 	)
 	return i, err
 }
@@ -209,32 +444,72 @@ func (q *Queries) InsertAPIKey(ctx context.Context, arg InsertAPIKeyParams) (Api
 	return i, err
 }
 
+const insertCheckpoint = `-- name: InsertCheckpoint :execrows
+INSERT INTO checkpoints (id, team_id, sandbox_id, name, operation_until, created_by)
+SELECT $1, $2, $3, $4, now() + $5::interval, $6
+WHERE (SELECT count(*) FROM checkpoints c WHERE c.team_id = $2 AND c.sandbox_id = $3 AND c.deleted_at IS NULL) < $7::bigint
+ON CONFLICT DO NOTHING
+`
+
+type InsertCheckpointParams struct {
+	ID        string
+	TeamID    string
+	SandboxID string
+	Name      *string
+	Lease     time.Duration
+	CreatedBy string
+	Most      int64
+}
+
+// Not if the name is taken or the sandbox has as many as it may.
+func (q *Queries) InsertCheckpoint(ctx context.Context, arg InsertCheckpointParams) (int64, error) {
+	result, err := q.db.Exec(ctx, insertCheckpoint,
+		arg.ID,
+		arg.TeamID,
+		arg.SandboxID,
+		arg.Name,
+		arg.Lease,
+		arg.CreatedBy,
+		arg.Most,
+	)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected(), nil
+}
+
 const insertSandbox = `-- name: InsertSandbox :one
 INSERT INTO sandboxes (id, team_id, host_id, name, status, template, default_user, vcpus, memory_mb, disk_mb,
-    timeout_sec, on_timeout, metadata, create_env, operation_id, operation_until, created_by)
+    timeout_sec, on_timeout, auto_resume, metadata, create_env, from_sandbox, from_checkpoint, from_snapshot,
+    operation_id, operation_until, created_by)
 VALUES ($1, $2, $3, $4, 'creating', $5, $6, $7, $8, $9,
-    $10, $11, $12, $13, $14, now() + $15::interval, $16)
+    $10, $11, $12, $13, $14, $15, $16, $17,
+    $18, now() + $19::interval, $20)
 ON CONFLICT (id) DO NOTHING
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
 `
 
 type InsertSandboxParams struct {
-	ID          string
-	TeamID      string
-	HostID      string
-	Name        *string
-	Template    string
-	DefaultUser string
-	VCPUs       int32
-	MemoryMB    int32
-	DiskMB      int32
-	TimeoutSec  int32
-	OnTimeout   string
-	Metadata    json.RawMessage
-	CreateEnv   json.RawMessage
-	OperationID string
-	Lease       time.Duration
-	CreatedBy   string
+	ID             string
+	TeamID         string
+	HostID         string
+	Name           *string
+	Template       string
+	DefaultUser    string
+	VCPUs          int32
+	MemoryMB       int32
+	DiskMB         int32
+	TimeoutSec     int32
+	OnTimeout      string
+	AutoResume     bool
+	Metadata       json.RawMessage
+	CreateEnv      json.RawMessage
+	FromSandbox    *string
+	FromCheckpoint *string
+	FromSnapshot   *string
+	OperationID    string
+	Lease          time.Duration
+	CreatedBy      string
 }
 
 func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (Sandbox, error) {
@@ -250,8 +525,12 @@ func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (S
 		arg.DiskMB,
 		arg.TimeoutSec,
 		arg.OnTimeout,
+		arg.AutoResume,
 		arg.Metadata,
 		arg.CreateEnv,
+		arg.FromSandbox,
+		arg.FromCheckpoint,
+		arg.FromSnapshot,
 		arg.OperationID,
 		arg.Lease,
 		arg.CreatedBy,
@@ -285,8 +564,53 @@ func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (S
 		&i.UpdatedAt,
 		&i.DeletedAt,
 		&i.KillOperationID,
+		&i.AutoResume,
+		&i.Cold,
+		&i.DurableAt,
+		&i.Needs,
+		&i.FromSandbox,
+		&i.FromCheckpoint,
+		&i.FromSnapshot,
 	)
 	return i, err
+}
+
+const insertSnapshot = `-- name: InsertSnapshot :exec
+INSERT INTO snapshots (id, team_id, name, host_id, sandbox_id, template, default_user, vcpus, memory_mb, disk_mb, operation_until, created_by)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, now() + $11::interval, $12)
+`
+
+type InsertSnapshotParams struct {
+	ID          string
+	TeamID      string
+	Name        string
+	HostID      string
+	SandboxID   string
+	Template    string
+	DefaultUser string
+	VCPUs       int32
+	MemoryMB    int32
+	DiskMB      int32
+	Lease       time.Duration
+	CreatedBy   string
+}
+
+func (q *Queries) InsertSnapshot(ctx context.Context, arg InsertSnapshotParams) error {
+	_, err := q.db.Exec(ctx, insertSnapshot,
+		arg.ID,
+		arg.TeamID,
+		arg.Name,
+		arg.HostID,
+		arg.SandboxID,
+		arg.Template,
+		arg.DefaultUser,
+		arg.VCPUs,
+		arg.MemoryMB,
+		arg.DiskMB,
+		arg.Lease,
+		arg.CreatedBy,
+	)
+	return err
 }
 
 const listAPIKeys = `-- name: ListAPIKeys :many
@@ -338,8 +662,55 @@ func (q *Queries) ListAPIKeys(ctx context.Context, arg ListAPIKeysParams) ([]Api
 	return items, nil
 }
 
+const listCheckpoints = `-- name: ListCheckpoints :many
+SELECT id, team_id, sandbox_id, name, parent_id, status, has_memory, size_bytes, own_bytes, needs, operation_until, missing_since, created_by, created_at, deleted_at FROM checkpoints
+WHERE team_id = $1 AND sandbox_id = $2 AND deleted_at IS NULL AND status = 'ready'
+ORDER BY created_at, id
+`
+
+type ListCheckpointsParams struct {
+	TeamID    string
+	SandboxID string
+}
+
+func (q *Queries) ListCheckpoints(ctx context.Context, arg ListCheckpointsParams) ([]Checkpoint, error) {
+	rows, err := q.db.Query(ctx, listCheckpoints, arg.TeamID, arg.SandboxID)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	items := []Checkpoint{}
+	for rows.Next() {
+		var i Checkpoint
+		if err := rows.Scan(
+			&i.ID,
+			&i.TeamID,
+			&i.SandboxID,
+			&i.Name,
+			&i.ParentID,
+			&i.Status,
+			&i.HasMemory,
+			&i.SizeBytes,
+			&i.OwnBytes,
+			&i.Needs,
+			&i.OperationUntil,
+			&i.MissingSince,
+			&i.CreatedBy,
+			&i.CreatedAt,
+			&i.DeletedAt,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
 const listSandboxes = `-- name: ListSandboxes :many
-SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
+SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, s.auto_resume, s.cold, s.durable_at, s.needs, s.from_sandbox, s.from_checkpoint, s.from_snapshot, (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
 FROM sandboxes s JOIN hosts h ON h.id = s.host_id
 WHERE s.team_id = $1 AND s.deleted_at IS NULL
   AND ($2::text IS NULL OR s.status = $2)
@@ -416,7 +787,101 @@ func (q *Queries) ListSandboxes(ctx context.Context, arg ListSandboxesParams) ([
 			&i.Sandbox.UpdatedAt,
 			&i.Sandbox.DeletedAt,
 			&i.Sandbox.KillOperationID,
+			&i.Sandbox.AutoResume,
+			&i.Sandbox.Cold,
+			&i.Sandbox.DurableAt,
+			&i.Sandbox.Needs,
+			&i.Sandbox.FromSandbox,
+			&i.Sandbox.FromCheckpoint,
+			&i.Sandbox.FromSnapshot,
 			&i.HostOnline,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const listSnapshots = `-- name: ListSnapshots :many
+SELECT id, name, type, scope, sandbox_id, template, host_id, vcpus, memory_mb, disk_mb, default_user, has_memory, size_bytes, own_bytes, created_at
+FROM (
+    SELECT t.id, t.name, 'base'::text AS type, (CASE WHEN t.team_id IS NULL THEN 'platform' ELSE 'team' END)::text AS scope, ''::text AS sandbox_id,
+        ''::text AS template, ''::text AS host_id, 0::integer AS vcpus, 0::integer AS memory_mb, t.disk_mb::bigint AS disk_mb, t.default_user,
+        false AS has_memory, 0::bigint AS size_bytes, 0::bigint AS own_bytes, t.created_at
+    FROM templates t WHERE t.team_id = $1::text OR t.team_id IS NULL
+    UNION ALL
+    SELECT s.id, s.name, 'snapshot', 'team', s.sandbox_id, s.template, s.host_id, s.vcpus, s.memory_mb, s.disk_mb, s.default_user,
+        s.has_memory, s.size_bytes, s.own_bytes, s.created_at
+    FROM snapshots s WHERE s.team_id = $1::text AND s.deleted_at IS NULL AND s.status = 'ready'
+) AS all_of_them
+WHERE ($2::text IS NULL OR type = $2)
+  AND ($3::timestamptz IS NULL OR (created_at, id) < ($3::timestamptz, $4::text))
+ORDER BY created_at DESC, id DESC
+LIMIT $5
+`
+
+type ListSnapshotsParams struct {
+	TeamID  string
+	Type    *string
+	AfterAt *time.Time
+	AfterID string
+	MaxRows int32
+}
+
+type ListSnapshotsRow struct {
+	ID          string
+	Name        string
+	Type        string
+	Scope       string
+	SandboxID   string
+	Template    string
+	HostID      string
+	VCPUs       int32
+	MemoryMB    int32
+	DiskMB      int64
+	DefaultUser string
+	HasMemory   bool
+	SizeBytes   int64
+	OwnBytes    int64
+	CreatedAt   time.Time
+}
+
+// Images and the team's snapshots in one list, newest first.
+func (q *Queries) ListSnapshots(ctx context.Context, arg ListSnapshotsParams) ([]ListSnapshotsRow, error) {
+	rows, err := q.db.Query(ctx, listSnapshots,
+		arg.TeamID,
+		arg.Type,
+		arg.AfterAt,
+		arg.AfterID,
+		arg.MaxRows,
+	)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	items := []ListSnapshotsRow{}
+	for rows.Next() {
+		var i ListSnapshotsRow
+		if err := rows.Scan(
+			&i.ID,
+			&i.Name,
+			&i.Type,
+			&i.Scope,
+			&i.SandboxID,
+			&i.Template,
+			&i.HostID,
+			&i.VCPUs,
+			&i.MemoryMB,
+			&i.DiskMB,
+			&i.DefaultUser,
+			&i.HasMemory,
+			&i.SizeBytes,
+			&i.OwnBytes,
+			&i.CreatedAt,
 		); err != nil {
 			return nil, err
 		}
@@ -465,14 +930,52 @@ func (q *Queries) ListTemplates(ctx context.Context, teamID string) ([]Template,
 	return items, nil
 }
 
+const lockSnapshotByName = `-- name: LockSnapshotByName :one
+SELECT id, team_id, name, host_id, sandbox_id, template, default_user, vcpus, memory_mb, disk_mb, status, has_memory, size_bytes, own_bytes, needs, operation_until, missing_since, created_by, created_at, deleted_at FROM snapshots WHERE team_id = $1 AND name = $2 AND deleted_at IS NULL AND status = 'ready' FOR UPDATE
+`
+
+type LockSnapshotByNameParams struct {
+	TeamID string
+	Name   string
+}
+
+func (q *Queries) LockSnapshotByName(ctx context.Context, arg LockSnapshotByNameParams) (Snapshot, error) {
+	row := q.db.QueryRow(ctx, lockSnapshotByName, arg.TeamID, arg.Name)
+	var i Snapshot
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.Name,
+		&i.HostID,
+		&i.SandboxID,
+		&i.Template,
+		&i.DefaultUser,
+		&i.VCPUs,
+		&i.MemoryMB,
+		&i.DiskMB,
+		&i.Status,
+		&i.HasMemory,
+		&i.SizeBytes,
+		&i.OwnBytes,
+		&i.Needs,
+		&i.OperationUntil,
+		&i.MissingSince,
+		&i.CreatedBy,
+		&i.CreatedAt,
+		&i.DeletedAt,
+	)
+	return i, err
+}
+
 const placementHosts = `-- name: PlacementHosts :many
-SELECT h.id, h.type, h.team_id, h.provider, h.availability_zone, h.arch, h.cpu_cores, h.memory_mb, h.disk_gb, h.address, h.status, h.last_heartbeat_at, h.created_by, h.created_at, h.updated_at, h.deleted_at, h.draining, h.versions, h.driver, h.acceleration, h.cpu_model, h.capacity_vcpus, h.capacity_memory_mb, h.capacity_disk_mb, h.free_memory_mb, h.free_disk_mb, h.load1, h.running, h.sandboxes_limit, h.state_revision, h.applied_revision, h.reconciled_at, h.cert_fingerprint, h.mtls_enabled, h.next_cert_fingerprint,
+SELECT h.id, h.type, h.team_id, h.provider, h.availability_zone, h.arch, h.cpu_cores, h.memory_mb, h.disk_gb, h.address, h.status, h.last_heartbeat_at, h.created_by, h.created_at, h.updated_at, h.deleted_at, h.draining, h.versions, h.driver, h.acceleration, h.cpu_model, h.capacity_vcpus, h.capacity_memory_mb, h.capacity_disk_mb, h.free_memory_mb, h.free_disk_mb, h.load1, h.running, h.sandboxes_limit, h.state_revision, h.applied_revision, h.reconciled_at, h.cert_fingerprint, h.mtls_enabled, h.next_cert_fingerprint, h.moments_compared_at,
     coalesce(r.vcpus, 0)::bigint AS reserved_vcpus, coalesce(r.memory_mb, 0)::bigint AS reserved_memory_mb,
     coalesce(r.disk_mb, 0)::bigint AS reserved_disk_mb, coalesce(r.count, 0)::bigint AS reserved_count,
     EXISTS (SELECT 1 FROM host_templates t WHERE t.host_id = h.id AND t.name = $1::text)::boolean AS has_template
 FROM hosts h
 LEFT JOIN LATERAL (
-    SELECT sum(s.vcpus) AS vcpus, sum(s.memory_mb) AS memory_mb, sum(s.disk_mb) AS disk_mb, count(*) AS count
+    SELECT sum(s.vcpus) FILTER (WHERE s.status <> 'paused') AS vcpus, sum(s.memory_mb) FILTER (WHERE s.status <> 'paused') AS memory_mb,
+        sum(s.disk_mb) AS disk_mb, count(*) FILTER (WHERE s.status <> 'paused') AS count
     FROM sandboxes s
     WHERE s.host_id = h.id AND s.deleted_at IS NULL AND (s.status <> 'error' OR s.cleanup_pending)
 ) r ON true
@@ -496,7 +999,7 @@ type PlacementHostsRow struct {
 	HasTemplate      bool
 }
 
-// The registered hosts that the team may use, with what is reserved on each.
+// The registered hosts that the team may use, with what is reserved on each: a paused sandbox takes disk only.
 func (q *Queries) PlacementHosts(ctx context.Context, arg PlacementHostsParams) ([]PlacementHostsRow, error) {
 	rows, err := q.db.Query(ctx, placementHosts, arg.Template, arg.TeamID, arg.HostID)
 	if err != nil {
@@ -542,6 +1045,7 @@ func (q *Queries) PlacementHosts(ctx context.Context, arg PlacementHostsParams) 
 			&i.Host.CertFingerprint,
 			&i.Host.MTLSEnabled,
 			&i.Host.NextCertFingerprint,
+			&i.Host.MomentsComparedAt,
 			&i.ReservedVCPUs,
 			&i.ReservedMemoryMB,
 			&i.ReservedDiskMB,
@@ -559,7 +1063,7 @@ func (q *Queries) PlacementHosts(ctx context.Context, arg PlacementHostsParams) 
 }
 
 const sandboxRoute = `-- name: SandboxRoute :one
-SELECT s.id, s.status, s.default_user, s.host_id, h.address, h.cert_fingerprint, h.next_cert_fingerprint, h.mtls_enabled,
+SELECT s.id, s.status, s.auto_resume, s.default_user, s.host_id, h.address, h.cert_fingerprint, h.next_cert_fingerprint, h.mtls_enabled,
     (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
 FROM sandboxes s JOIN hosts h ON h.id = s.host_id
 WHERE s.team_id = $1 AND s.id = $2 AND s.deleted_at IS NULL
@@ -573,6 +1077,7 @@ type SandboxRouteParams struct {
 type SandboxRouteRow struct {
 	ID                  string
 	Status              string
+	AutoResume          bool
 	DefaultUser         string
 	HostID              string
 	Address             *string
@@ -589,6 +1094,7 @@ func (q *Queries) SandboxRoute(ctx context.Context, arg SandboxRouteParams) (San
 	err := row.Scan(
 		&i.ID,
 		&i.Status,
+		&i.AutoResume,
 		&i.DefaultUser,
 		&i.HostID,
 		&i.Address,
@@ -624,6 +1130,84 @@ func (q *Queries) SetSandboxTimeout(ctx context.Context, arg SetSandboxTimeoutPa
 		return 0, err
 	}
 	return result.RowsAffected(), nil
+}
+
+const snapshotByName = `-- name: SnapshotByName :one
+SELECT id, team_id, name, host_id, sandbox_id, template, default_user, vcpus, memory_mb, disk_mb, status, has_memory, size_bytes, own_bytes, needs, operation_until, missing_since, created_by, created_at, deleted_at FROM snapshots WHERE team_id = $1 AND name = $2 AND deleted_at IS NULL AND status = 'ready'
+`
+
+type SnapshotByNameParams struct {
+	TeamID string
+	Name   string
+}
+
+func (q *Queries) SnapshotByName(ctx context.Context, arg SnapshotByNameParams) (Snapshot, error) {
+	row := q.db.QueryRow(ctx, snapshotByName, arg.TeamID, arg.Name)
+	var i Snapshot
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.Name,
+		&i.HostID,
+		&i.SandboxID,
+		&i.Template,
+		&i.DefaultUser,
+		&i.VCPUs,
+		&i.MemoryMB,
+		&i.DiskMB,
+		&i.Status,
+		&i.HasMemory,
+		&i.SizeBytes,
+		&i.OwnBytes,
+		&i.Needs,
+		&i.OperationUntil,
+		&i.MissingSince,
+		&i.CreatedBy,
+		&i.CreatedAt,
+		&i.DeletedAt,
+	)
+	return i, err
+}
+
+const snapshotCount = `-- name: SnapshotCount :one
+SELECT count(*) FROM snapshots WHERE team_id = $1 AND deleted_at IS NULL
+`
+
+func (q *Queries) SnapshotCount(ctx context.Context, teamID string) (int64, error) {
+	row := q.db.QueryRow(ctx, snapshotCount, teamID)
+	var count int64
+	err := row.Scan(&count)
+	return count, err
+}
+
+const snapshotDependents = `-- name: SnapshotDependents :many
+SELECT id FROM sandboxes WHERE team_id = $1 AND from_snapshot = $2 AND deleted_at IS NULL ORDER BY created_at LIMIT $3
+`
+
+type SnapshotDependentsParams struct {
+	TeamID       string
+	FromSnapshot *string
+	MaxRows      int32
+}
+
+func (q *Queries) SnapshotDependents(ctx context.Context, arg SnapshotDependentsParams) ([]string, error) {
+	rows, err := q.db.Query(ctx, snapshotDependents, arg.TeamID, arg.FromSnapshot, arg.MaxRows)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	items := []string{}
+	for rows.Next() {
+		var id string
+		if err := rows.Scan(&id); err != nil {
+			return nil, err
+		}
+		items = append(items, id)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
 }
 
 const touchSandbox = `-- name: TouchSandbox :execrows

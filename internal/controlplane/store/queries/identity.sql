@@ -41,8 +41,22 @@ VALUES (@actor_type, @actor_id, @team_id, @action, @subject, @details, @request_
 -- name: InsertEvent :exec
 INSERT INTO events (type, team_id, subject, data) VALUES (@type, @team_id, @subject, @data);
 
+-- name: LockEventOrder :exec
+-- One at a time gives events their order, so that it is also the order in which they can be seen.
+SELECT pg_advisory_xact_lock(2004178276357);
+
+-- name: OrderEvents :many
+UPDATE events e SET seq = o.n
+FROM (SELECT w.id, nextval('events_seq') AS n
+      FROM (SELECT id FROM events WHERE seq IS NULL AND published_at IS NULL ORDER BY id LIMIT @max_rows) w) o
+WHERE e.id = o.id
+RETURNING e.id;
+
+-- name: LastEvent :one
+SELECT coalesce(max(seq), 0)::bigint FROM events;
+
 -- name: UnpublishedEvents :many
-SELECT * FROM events WHERE published_at IS NULL ORDER BY id LIMIT @max_rows;
+SELECT * FROM events WHERE published_at IS NULL AND seq IS NOT NULL ORDER BY seq LIMIT @max_rows;
 
 -- name: MarkPublished :exec
 UPDATE events SET published_at = now() WHERE id = ANY(@ids::bigint[]);

@@ -6,7 +6,7 @@ SELECT * FROM sandboxes WHERE id = @id;
 
 -- name: FinishCreate :one
 UPDATE sandboxes SET status = 'running', reason = NULL, revision = @revision, started_at = @started_at, last_active_at = @started_at,
-    create_env = NULL, operation_until = NULL, missing_since = NULL, updated_at = now()
+    cold = @cold, create_env = NULL, operation_until = NULL, missing_since = NULL, updated_at = now()
 WHERE id = @id AND status = 'creating' AND operation_id = @operation_id AND deleted_at IS NULL
 RETURNING *;
 
@@ -31,7 +31,7 @@ RETURNING *;
 UPDATE sandboxes SET operation_until = now() + @lease::interval
 WHERE id IN (
     SELECT s.id FROM sandboxes s JOIN hosts h ON h.id = s.host_id
-    WHERE s.deleted_at IS NULL AND (s.status IN ('creating', 'deleting') OR s.cleanup_pending)
+    WHERE s.deleted_at IS NULL AND (s.status IN ('creating', 'deleting', 'pausing', 'resuming') OR s.cleanup_pending)
       AND s.operation_until < now() AND h.status = 'online'
     ORDER BY s.operation_until LIMIT @max_rows FOR UPDATE OF s SKIP LOCKED)
 RETURNING *;
@@ -52,16 +52,28 @@ SELECT * FROM sandboxes WHERE (host_id = @host_id AND deleted_at IS NULL) OR id 
 
 -- name: ApplyReport :one
 UPDATE sandboxes SET status = @status, reason = sqlc.narg('reason'), revision = @revision,
-    last_active_at = greatest(last_active_at, sqlc.narg('last_active_at')), missing_since = NULL, updated_at = now()
+    last_active_at = greatest(last_active_at, sqlc.narg('last_active_at')), missing_since = NULL,
+    durable_at = sqlc.narg('durable_at'), needs = sqlc.narg('needs'),
+    operation_until = CASE WHEN @status IN ('pausing', 'resuming') THEN operation_until END, updated_at = now()
 WHERE id = @id AND host_id = @host_id AND deleted_at IS NULL AND status = @former_status AND revision < @revision
   AND status IN ('running', 'pausing', 'paused', 'resuming') -- a create or delete that was decided is not taken back
 RETURNING *;
 
 -- name: ApplyActivity :exec
 UPDATE sandboxes SET last_active_at = greatest(last_active_at, @last_active_at::timestamptz),
+    durable_at = CASE WHEN status = 'paused' AND revision = @revision THEN coalesce(sqlc.narg('durable_at'), durable_at) ELSE durable_at END,
     reason = CASE WHEN missing_since IS NULL THEN reason END, missing_since = NULL
 WHERE id = @id AND host_id = @host_id AND deleted_at IS NULL
-  AND (missing_since IS NOT NULL OR last_active_at IS NULL OR last_active_at < @last_active_at::timestamptz);
+  AND (missing_since IS NOT NULL OR last_active_at IS NULL OR last_active_at < @last_active_at::timestamptz
+       OR status = 'paused' AND revision = @revision AND durable_at IS DISTINCT FROM sqlc.narg('durable_at'));
+
+-- name: SettleChange :one
+-- Writes what a host says became of a pause or resume, whether or not that is news.
+UPDATE sandboxes SET status = @status, reason = sqlc.narg('reason'), revision = @revision,
+    last_active_at = greatest(last_active_at, sqlc.narg('last_active_at')), missing_since = NULL,
+    durable_at = sqlc.narg('durable_at'), needs = sqlc.narg('needs'), operation_until = NULL, updated_at = now()
+WHERE id = @id AND operation_id = @operation_id AND deleted_at IS NULL AND status IN ('pausing', 'resuming') AND revision <= @revision
+RETURNING *;
 
 -- name: MarkMissing :execrows
 UPDATE sandboxes SET missing_since = now(), reason = @reason, updated_at = now()
