@@ -21,7 +21,7 @@ const kernelPackage = "linux-image-cloud-"
 // guestModules are what a guest needs before it has its root file system; their dependencies are added.
 // Drivers that a hypervisor does not offer devices for do nothing.
 func guestModules() []string {
-	return []string{"virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng"}
+	return []string{"virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon"}
 }
 
 // kernelInfo is kept beside the kernel as kernel.json.

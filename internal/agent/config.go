@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/network"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
@@ -35,6 +36,11 @@ type Config struct {
 	Instance      string
 	BaseUID       int
 	HeartbeatSecs int
+	Firecracker   string
+	AllowUnjailed bool
+	ProbeSecs     int
+	DiskMBPerSec  int
+	DiskOpsPerSec int
 }
 
 // variable documents one environment variable.
@@ -59,6 +65,11 @@ var variables = []variable{
 	{"AGENT_INSTANCE", "", "1 to 8 of [a-z0-9], in the names of namespaces and cgroups; by default made from AGENT_SANDBOXES_PATH"},
 	{"AGENT_BASE_UID", "", "first of the uids that VMMs run as; by default made from AGENT_SANDBOXES_PATH"},
 	{"AGENT_HEARTBEAT_SEC", "30", "seconds between heartbeats"},
+	{"AGENT_FIRECRACKER_DIR", "/usr/local/bin", "where firecracker and jailer are, of one or several releases; QEMU is used without"},
+	{"AGENT_ALLOW_UNJAILED", "", "1 allows a Firecracker that has no jailer beside it: confined by the agent alone"},
+	{"AGENT_PROBE_SEC", "5", "most seconds of the boot that tells whether KVM runs our kernel"},
+	{"AGENT_DISK_MB_PER_SEC", "0", "most MB a second of each disk of a sandbox, 0 for no limit (Firecracker)"},
+	{"AGENT_DISK_OPS_PER_SEC", "0", "most operations a second of each disk of a sandbox, 0 for no limit (Firecracker)"},
 }
 
 // loadConfig reads the environment.
@@ -79,9 +90,10 @@ func loadConfig(getenv func(string) string) (Config, error) {
 		Kernel: env("AGENT_KERNEL_PATH"), Initrd: env("AGENT_INITRD_PATH"), Images: env("AGENT_IMAGES_PATH"),
 		Sandboxes: env("AGENT_SANDBOXES_PATH"), Snapshots: env("AGENT_SNAPSHOTS_PATH"),
 		Storage: env("AGENT_STORAGE"), Egress: env("AGENT_EGRESS"), Instance: env("AGENT_INSTANCE"),
+		Firecracker: env("AGENT_FIRECRACKER_DIR"), AllowUnjailed: env("AGENT_ALLOW_UNJAILED") == "1",
 	}
 	var err error
-	for _, p := range []*string{&c.TokenFile, &c.Kernel, &c.Images, &c.Sandboxes} {
+	for _, p := range []*string{&c.TokenFile, &c.Kernel, &c.Images, &c.Sandboxes, &c.Firecracker} {
 		if *p, err = filepath.Abs(*p); err != nil {
 			return c, err
 		}
@@ -114,6 +126,9 @@ func loadConfig(getenv func(string) string) (Config, error) {
 		{"AGENT_WARM_VMS", &c.WarmVMs, 0, 64, 0},
 		{"AGENT_BASE_UID", &c.BaseUID, 10_000, 2_000_000_000, defaultUID},
 		{"AGENT_HEARTBEAT_SEC", &c.HeartbeatSecs, 1, 60, 0},
+		{"AGENT_PROBE_SEC", &c.ProbeSecs, 1, 600, 0},
+		{"AGENT_DISK_MB_PER_SEC", &c.DiskMBPerSec, 0, 1_000_000, 0},
+		{"AGENT_DISK_OPS_PER_SEC", &c.DiskOpsPerSec, 0, 100_000_000, 0},
 	}
 	for _, n := range numbers {
 		if *n.to = n.fallback; env(n.name) == "" {
@@ -163,6 +178,8 @@ func parseSize(s string) (int64, error) {
 // verdictFile keeps whether KVM works. It lies beside the sandboxes, not among them: `doctor` may come
 // before the first start, and a volume is mounted over an empty directory only.
 func (c Config) verdictFile() string { return c.Sandboxes + ".kvm.json" }
+
+func (c Config) probeTimeout() time.Duration { return time.Duration(c.ProbeSecs) * time.Second }
 
 func exists(path string) bool {
 	_, err := os.Stat(path)

@@ -16,8 +16,6 @@ import (
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/network"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
-	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/qemu"
-	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
 // finding is one row of `wrenn-agent doctor`.
@@ -81,19 +79,6 @@ func rights() finding {
 		return finding{"rights", fail, "not root", "run with sudo"}
 	}
 	return finding{"rights", ok, "root", ""}
-}
-
-func hypervisor(ctx context.Context, cfg Config) []finding {
-	verdict, err := qemu.Probe(ctx, probeOptions(cfg, slog.New(slog.DiscardHandler)))
-	if err != nil {
-		return []finding{{"VMM", fail, wrenn.Public(err).Message, "apt-get install qemu-system-x86"}}
-	}
-	caps := qemu.New(verdict, qemu.Options{}).Capabilities()
-	vmm := finding{"VMM", ok, fmt.Sprintf("%s %s (%s), CPU model %s", caps.Driver, caps.Version, verdict.Binary, caps.CPUModel), ""}
-	if verdict.KVM {
-		return []finding{vmm, {"KVM", ok, verdict.Reason, ""}}
-	}
-	return []finding{vmm, {"KVM", note, "not used, guests are emulated: " + verdict.Reason, "use bare metal or a machine with nested virtualisation"}}
 }
 
 func kernelFiles(cfg Config) []finding {

@@ -78,7 +78,7 @@ func (s *Sandboxes) startVM(ctx context.Context, sb *sandbox, slot *network.Slot
 		if err := man.fits(s.driver.Capabilities()); err != nil {
 			return vm.Handle{}, err
 		}
-		cfg.Restore = &vm.SnapshotFiles{State: from.state(), Memory: from.memory()}
+		cfg.Restore = &vm.SnapshotFiles{State: from.state(), Memory: from.memory(), Driver: man.Driver}
 		cfg.SharedMemory = from != m
 		token = man.Token
 	}

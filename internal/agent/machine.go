@@ -73,7 +73,7 @@ func (m machine) rest(ctx context.Context, driver vm.Driver, handle vm.Handle, v
 	if err != nil {
 		return err
 	}
-	caps := driver.Capabilities()
+	caps := driver.Capabilities().Of(handle)
 	raw, err := json.MarshalIndent(manifest{
 		Version: manifestVersion, Driver: caps.Driver, VMMVersion: caps.Version, Accel: caps.Acceleration, Arch: caps.Arch,
 		CPUModel: caps.CPUModel, VCPUs: vcpus, MemoryMB: handle.MemoryMB, DiskBytes: disk.Size(), StateBytes: state.Size(),
@@ -109,6 +109,11 @@ func (man *manifest) fits(caps vm.Capabilities) error {
 	differs := func(what, want, have string) error {
 		return wrenn.Errorf(wrenn.KindInvalidState, "the saved memory needs %s %s, this host has %s", what, want, have).
 			With("needs", want).With("has", have)
+	}
+	for _, other := range caps.Others {
+		if man.fits(other) == nil {
+			return nil
+		}
 	}
 	switch {
 	case man.Driver != caps.Driver:

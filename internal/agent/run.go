@@ -182,7 +182,7 @@ func resetHost(ctx context.Context, cfg Config, log *slog.Logger) error {
 	}
 	log.Info("removed all sandboxes", "path", cfg.Sandboxes, "instance", cfg.Instance)
 	var errs []error
-	for _, path := range []string{cfg.Sandboxes, cfg.Sandboxes + ".xfs", cfg.verdictFile(), cfg.TokenFile, cfg.TokenFile + keySuffix, cfg.TokenFile + nextKeySuffix, cfg.TokenFile + certSuffix, cfg.TokenFile + ".ca"} {
+	for _, path := range []string{cfg.Sandboxes, cfg.Sandboxes + ".xfs", cfg.verdictFile(), cfg.firecrackerFile(), cfg.TokenFile, cfg.TokenFile + keySuffix, cfg.TokenFile + nextKeySuffix, cfg.TokenFile + certSuffix, cfg.TokenFile + ".ca"} {
 		errs = append(errs, os.RemoveAll(path))
 	}
 	return errors.Join(errs...)

@@ -14,8 +14,6 @@ import (
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/network"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
-	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
-	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/qemu"
 	"github.com/wrenn-sandbox/wrenn/internal/rpc"
 )
 
@@ -77,19 +75,6 @@ func (h *host) Close() {
 	h.sandboxes.watchers.Wait()
 	h.net.Close()
 	h.unlock()
-}
-
-func chooseDriver(ctx context.Context, cfg Config, log *slog.Logger) (vm.Driver, error) {
-	verdict, err := qemu.Probe(ctx, probeOptions(cfg, log))
-	if err != nil {
-		return nil, err
-	}
-	log.Info("hypervisor chosen", "driver", "qemu", "version", verdict.Version, "kvm", verdict.KVM, "why", verdict.Reason)
-	return qemu.New(verdict, qemu.Options{CacheDir: filepath.Join(cfg.Sandboxes, "cache"), CgroupParent: cgroupParent(cfg), Log: log}), nil
-}
-
-func probeOptions(cfg Config, log *slog.Logger) qemu.ProbeOptions {
-	return qemu.ProbeOptions{Kernel: cfg.Kernel, Initrd: cfg.Initrd, CacheFile: cfg.verdictFile(), Log: log}
 }
 
 // serve runs the agent of a registered host until ctx ends; its VMs go on.

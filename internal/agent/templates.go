@@ -38,7 +38,7 @@ func (s *Sandboxes) template(ctx context.Context, img image, vcpus, memoryMB int
 	s.templates.mu.Lock()
 	p := s.templates.pending[name]
 	if p == nil {
-		if man, err := m.load(); err == nil && man.fits(s.driver.Capabilities()) == nil {
+		if man, err := m.load(); err == nil && man.fits(s.driver.Capabilities().Own()) == nil {
 			s.templates.mu.Unlock()
 			return m, false, nil
 		}

@@ -1,13 +1,16 @@
 package vm
 
 import (
+	"context"
 	"errors"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"syscall"
 
+	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
@@ -58,4 +61,37 @@ func FileError(err error, what string) error {
 		return wrenn.Wrap(err, wrenn.KindInvalidRequest, "%s of the VM does not exist", what)
 	}
 	return wrenn.Wrap(err, wrenn.KindInternal, "cannot open %s of the VM", what)
+}
+
+// OpenMemory opens the VM's own memory file, which it makes if it is not there: empty for a cold start, else a clone
+// of the snapshot's. It tells whether it made the file, also when it fails.
+func (cfg Config) OpenMemory(ctx context.Context) (f *os.File, made bool, err error) {
+	size, flags := int64(cfg.MemoryMB)<<20, os.O_RDWR
+	_, err = os.Lstat(cfg.MemoryFile)
+	made = errors.Is(err, fs.ErrNotExist)
+	if cfg.Restore == nil {
+		flags |= os.O_CREATE | os.O_TRUNC
+	} else if made {
+		if err := storage.CloneFile(ctx, cfg.Restore.Memory, cfg.MemoryFile); err != nil {
+			return nil, false, err
+		}
+	}
+	if f, err = os.OpenFile(cfg.MemoryFile, flags, 0o600); err != nil {
+		return nil, false, FileError(err, "the memory file")
+	}
+	if cfg.Restore == nil {
+		err = f.Truncate(size)
+	}
+	var info fs.FileInfo
+	if err == nil {
+		info, err = f.Stat()
+	}
+	if err == nil && info.Size() != size {
+		err = wrenn.Errorf(wrenn.KindInvalidRequest, "the snapshot's memory is %d MiB, but the VM has %d MiB", info.Size()>>20, cfg.MemoryMB)
+	}
+	if err != nil {
+		f.Close()
+		return nil, made, err
+	}
+	return f, made, nil
 }

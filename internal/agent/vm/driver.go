@@ -69,6 +69,24 @@ type Capabilities struct {
 	Acceleration string // "kvm", "tcg"
 	Arch         string // as GOARCH
 	CPUModel     string // what a snapshot needs of the CPU, e.g. "tcg-max", "host:GenuineIntel-6-143"
+	// Others are further hypervisors, or versions, that are here for the VMs and snapshots that they made.
+	Others []Capabilities
+}
+
+// Own is c without what else is here.
+func (c Capabilities) Own() Capabilities {
+	c.Others = nil
+	return c
+}
+
+// Of is what a running VM has of c: those of its hypervisor in its version.
+func (c Capabilities) Of(h Handle) Capabilities {
+	for _, one := range append([]Capabilities{c}, c.Others...) {
+		if one.Driver == h.Driver && (h.VMMVersion == "" || h.VMMVersion == one.Version) {
+			return one.Own()
+		}
+	}
+	return c.Own()
 }
 
 // State of a VM.
@@ -134,6 +152,7 @@ type Net struct {
 type SnapshotFiles struct {
 	State  string // device state, format of the driver and VMM version
 	Memory string // RAM, raw, MemoryMB MiB
+	Driver string // that made them, Capabilities.Driver; for Drivers to choose by
 }
 
 // Handle names a VM for every later call, also by a later agent process. It is stored as JSON; fields
@@ -154,6 +173,8 @@ type Handle struct {
 	Console   string    `json:"console"` // Config.Console
 	Cgroup    string    `json:"cgroup"`
 	StartedAt time.Time `json:"started_at"`
+	// VMMVersion is that of the running VMM, where there may be several: what a snapshot of this VM needs.
+	VMMVersion string `json:"vmm_version,omitempty"`
 }
 
 // Moved is the handle of a VM whose files were moved, with all that is below one directory.

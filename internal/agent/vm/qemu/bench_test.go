@@ -20,7 +20,7 @@ func BenchmarkRestore(b *testing.B) {
 	l := newLab(b)
 	ctx := context.Background()
 	d := New(l.verdict, l.opts)
-	cfg := l.config(b)
+	cfg := l.Config(b)
 	begun := time.Now()
 	h := start(b, d, cfg)
 	ping(b, l, cfg)
@@ -68,11 +68,11 @@ func start(b *testing.B, d *Driver, cfg vm.Config) vm.Handle {
 	return h
 }
 
-func ping(b *testing.B, l *lab, cfg vm.Config) {
+func ping(b *testing.B, l *qemuLab, cfg vm.Config) {
 	b.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	if answer, err := l.ask(ctx, cfg, "ping"); answer != "pong" {
+	if answer, err := l.Ask(ctx, cfg, "ping"); answer != "pong" {
 		b.Fatalf("%q, %v", answer, err)
 	}
 }

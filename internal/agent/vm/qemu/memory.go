@@ -19,9 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
-	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
 // The RAM of a VM is a private mapping: pages that the guest never wrote are the file's, and the same in
@@ -31,18 +29,12 @@ import (
 // that all VMs of a shared snapshot map. QEMU opens it again by its descriptor, for writing though it maps
 // privately, so the own file is given to the VMM's uid and the shared copy is sealed.
 func (s *starting) openMemory(ctx context.Context, o *opened) error {
-	own, err := s.ownMemory(ctx)
+	own, made, err := s.cfg.OpenMemory(ctx)
+	s.madeMemory = made
 	if err != nil {
 		return err
 	}
 	o.memory = s.inherit.add(own)
-	fi, err := own.Stat()
-	if err != nil {
-		return err
-	}
-	if want := int64(s.cfg.MemoryMB) << 20; fi.Size() != want {
-		return wrenn.Errorf(wrenn.KindInvalidRequest, "the snapshot's memory is %d MiB, but the VM has %d MiB", fi.Size()>>20, s.cfg.MemoryMB)
-	}
 	if s.cfg.SharedMemory && s.cfg.Restore != nil {
 		shared, err := s.driver.shared.open(ctx, s.cfg.Restore.Memory)
 		if err != nil {
@@ -59,31 +51,6 @@ func (s *starting) openMemory(ctx context.Context, o *opened) error {
 		return err
 	}
 	return own.Chown(s.cfg.UID, s.cfg.GID)
-}
-
-func (s *starting) ownMemory(ctx context.Context) (*os.File, error) {
-	path, flags := s.cfg.MemoryFile, os.O_RDWR
-	_, err := os.Lstat(path)
-	absent := errors.Is(err, fs.ErrNotExist)
-	if s.cfg.Restore == nil {
-		flags |= os.O_CREATE | os.O_TRUNC
-	} else if absent {
-		if err := storage.CloneFile(ctx, s.cfg.Restore.Memory, path); err != nil {
-			return nil, err
-		}
-	}
-	s.madeMemory = absent
-	f, err := os.OpenFile(path, flags, 0o600)
-	if err != nil {
-		return nil, vm.FileError(err, "the memory file")
-	}
-	if s.cfg.Restore == nil {
-		if err := f.Truncate(int64(s.cfg.MemoryMB) << 20); err != nil {
-			f.Close()
-			return nil, vm.FileError(err, "the memory file")
-		}
-	}
-	return f, nil
 }
 
 func inode(f *os.File) (uint64, error) {

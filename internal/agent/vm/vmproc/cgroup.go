@@ -291,9 +291,14 @@ func (c *Cgroup) PIDs() ([]int, error) {
 			return nil, fmt.Errorf("list cgroup: %w", err)
 		}
 		// A thread about to be thrown away belongs to the launching process itself.
-		if pid > 0 && pid != os.Getpid() {
-			pids = append(pids, pid)
+		if pid <= 0 || pid == os.Getpid() {
+			continue
 		}
+		// KVM puts a thread of its own beside each VMM, which ends with the VM.
+		if stat, err := readStat(pid); err == nil && stat.kernel {
+			continue
+		}
+		pids = append(pids, pid)
 	}
 	return pids, nil
 }

@@ -31,8 +31,8 @@ type Spec struct {
 	Jail      *Jail   // nil: the host's root (tests)
 }
 
-// maxFiles bounds the descriptors of a VMM: its own files, eventfds and worker threads.
-const maxFiles = 1024
+// MaxFiles bounds the descriptors of a VMM: its own files, eventfds and worker threads.
+const MaxFiles = 1024
 
 // Launch starts the process and returns what names it. The caller must reap it with Process.Reap.
 //
@@ -176,7 +176,7 @@ func start(spec Spec, attr *syscall.SysProcAttr, null *os.File) (*os.Process, er
 // program is still in its loader, and no guest runs yet.
 func limit(pid int) error {
 	for resource, value := range map[int]uint64{
-		unix.RLIMIT_NOFILE: maxFiles,
+		unix.RLIMIT_NOFILE: MaxFiles,
 		unix.RLIMIT_CORE:   0, // a core would hold the guest's memory
 	} {
 		lim := unix.Rlimit{Cur: value, Max: value}

@@ -152,9 +152,13 @@ func (p *Process) Kill(ctx context.Context) error {
 }
 
 type stat struct {
-	state byte
-	start uint64
+	state  byte
+	kernel bool // a thread of the kernel
+	start  uint64
 }
+
+// kernelThread is PF_KTHREAD among the flags of a task (include/linux/sched.h).
+const kernelThread = 0x00200000
 
 // readStat reads /proc/PID/stat: the name in parentheses may hold anything, so fields are counted from
 // its last parenthesis.
@@ -171,5 +175,9 @@ func readStat(pid int) (stat, error) {
 	if err != nil {
 		return stat{}, fmt.Errorf("/proc/%d/stat: %w", pid, err)
 	}
-	return stat{state: fields[0][0], start: start}, nil
+	flags, err := strconv.ParseUint(string(fields[6]), 10, 64)
+	if err != nil {
+		return stat{}, fmt.Errorf("/proc/%d/stat: %w", pid, err)
+	}
+	return stat{state: fields[0][0], kernel: flags&kernelThread != 0, start: start}, nil
 }

@@ -257,7 +257,7 @@ func (m *machine) command(words []string) (string, error) {
 		b, err := os.ReadFile(m.cfg.Disks[0].Path)
 		return string(bytes.TrimRight(b, "\x00")), err
 	case "flood":
-		return "ok", os.WriteFile(m.cfg.Console, append(bytes.Repeat([]byte("flood\n"), 1000), "guest: end of flood\n"...), 0o600)
+		return "ok", os.WriteFile(m.cfg.Console, append(bytes.Repeat([]byte("of an earlier life\n"), 1000), "guest: end of flood\n"...), 0o600)
 	case "poweroff":
 		m.finish()
 		return "ok", nil

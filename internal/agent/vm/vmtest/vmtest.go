@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -31,9 +32,21 @@ type Env struct {
 	Confinement func(t *testing.T, cfg vm.Config, h vm.Handle)
 }
 
-const (
-	patience = 60 * time.Second // of a check: an emulated guest boots in seconds, also on a busy host
-)
+// StretchEnv is a whole number by which the time limits of tests are multiplied, for machines that are emulated
+// themselves.
+const StretchEnv = "WRENN_TEST_STRETCH"
+
+// Stretch is a time limit on this machine.
+func Stretch(limit time.Duration) time.Duration {
+	n, err := strconv.Atoi(os.Getenv(StretchEnv))
+	if err != nil || n < 1 {
+		return limit
+	}
+	return limit * time.Duration(n)
+}
+
+// patience with a check: an emulated guest boots in seconds, also on a busy host.
+func patience() time.Duration { return Stretch(60 * time.Second) }
 
 // Exercise runs the suite. One VM is booted and snapshotted; most checks restore that snapshot.
 func Exercise(t *testing.T, env Env) {
@@ -94,7 +107,7 @@ func (s *suite) start(t *testing.T, cfg vm.Config) *running {
 }
 
 func (r *running) context() context.Context {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), patience)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), patience())
 	r.Cleanup(cancel)
 	return ctx
 }
@@ -111,7 +124,7 @@ func (r *running) begin() {
 	r.handle = h
 	cfg := r.cfg
 	r.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience) // whatever the check has used up
+		ctx, cancel := context.WithTimeout(context.Background(), patience()) // whatever the check has used up
 		defer cancel()
 		if err := r.driver.Destroy(ctx, h); err != nil {
 			r.Errorf("destroy: %v", err)

@@ -1,0 +1,141 @@
+//go:build linux
+
+package firecracker
+
+import (
+	"context"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmtest"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmtest/lab"
+)
+
+func TestMain(m *testing.M) {
+	lab.Child(func(raw []byte) (vm.Handle, error) {
+		var s childSpec
+		if err := json.Unmarshal(raw, &s); err != nil {
+			return vm.Handle{}, err
+		}
+		return New(s.Verdict, s.Options).Start(context.Background(), s.Config)
+	})
+	goleak.VerifyTestMain(m)
+}
+
+// childSpec is what an agent that is killed needs to start a VM.
+type childSpec struct {
+	Verdict Verdict
+	Options Options
+	Config  vm.Config
+}
+
+// dirEnv names the directory with the real Firecracker and its jailer.
+const dirEnv = "WRENN_TEST_FIRECRACKER"
+
+// fcLab is a lab with Firecracker in it.
+type fcLab struct {
+	*lab.Lab
+	verdict Verdict
+	opts    Options
+}
+
+// newLab skips where Firecracker does not run.
+func newLab(t testing.TB) *fcLab {
+	t.Helper()
+	dir := os.Getenv(dirEnv)
+	if dir == "" {
+		t.Skipf("needs Firecracker: use make test-firecracker, or set %s to its directory", dirEnv)
+	}
+	l := &fcLab{Lab: lab.New(t)}
+	l.opts = Options{CacheDir: filepath.Join(l.Dir, "cache"), CgroupParent: l.CgroupParent, Log: l.Log}
+	var err error
+	l.verdict, err = Probe(t.Context(), ProbeOptions{
+		Dir: dir, Kernel: l.Kernel, CacheFile: filepath.Join(os.TempDir(), "wrenn-test-firecracker.json"),
+		Timeout: vmtest.Stretch(10 * time.Second),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !l.verdict.Works {
+		t.Skip(l.verdict.Reason)
+	}
+	return l
+}
+
+func (l *fcLab) driver() vm.Driver { return New(l.verdict, l.opts) }
+
+func TestFirecrackerConforms(t *testing.T) {
+	l := newLab(t)
+	leak, err := unix.Open("/dev/null", unix.O_RDONLY, 0) // not close-on-exec, as inherited from a careless parent
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(leak) })
+	vmtest.Exercise(t, l.Env(l.driver, l.confined))
+}
+
+func (l *fcLab) confined(t *testing.T, cfg vm.Config, h vm.Handle) {
+	l.Confined(t, cfg, h)
+	l.Limited(t, cfg, h, limits(cfg))
+	// Seen from inside its jail, where the files of the host have other names.
+	l.Descriptors(t, h, memoryPath, diskPath(0), diskPath(1), logPath, metricsPath, mappedPath, "/dev/kvm", "/dev/net/tun")
+	if entries, err := os.ReadDir(filepath.Join(workDir(h), jailFolder)); err != nil || len(entries) > 0 {
+		t.Errorf("the host sees %v in the jail's directory, %v", entries, err)
+	}
+}
+
+func TestBalloonTakesMemoryAndTells(t *testing.T) {
+	l := newLab(t)
+	cfg := l.Config(t)
+	d := New(l.verdict, l.opts)
+	ctx, cancel := context.WithTimeout(t.Context(), vmtest.Stretch(time.Minute))
+	defer cancel()
+	h, err := d.Start(ctx, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := d.Destroy(context.WithoutCancel(ctx), h); err != nil {
+			t.Error(err)
+		}
+	}()
+	if answer, err := l.Ask(ctx, cfg, "ping"); err != nil || answer != "pong" {
+		t.Fatalf("the guest says %q, %v", answer, err)
+	}
+	if err := d.SetBalloon(ctx, h, 16); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		stats, err := d.Balloon(ctx, h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if stats.ActualMB == 16 && stats.TotalMemory > 0 {
+			t.Logf("balloon: %+v", stats)
+			break
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("the balloon stays at %+v", stats)
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+	if answer, err := l.Ask(ctx, cfg, "ping"); err != nil || answer != "pong" {
+		t.Errorf("with a balloon the guest says %q, %v", answer, err)
+	}
+}
+
+func TestVMOutlivesTheAgentThatWasKilled(t *testing.T) {
+	l := newLab(t)
+	cfg := l.Config(t)
+	opts := l.opts
+	opts.Log = nil
+	l.OutlivesItsAgent(t, cfg, childSpec{l.verdict, opts, cfg}, l.driver)
+}
