@@ -71,12 +71,17 @@ export WRENN_TEST_KERNEL := $(CURDIR)/.wrenn/kernels/vmlinuz
 export WRENN_TEST_IMAGES := $(CURDIR)/.wrenn/images
 TEST_RUN := go run ./test/run -p 2
 
-.PHONY: test-inputs test check check-generated fmt-check vet lint fuzz bench chaos soak
+.PHONY: test-inputs test test-firecracker check check-generated fmt-check vet lint fuzz bench chaos soak
 test-inputs:
 	@bash scripts/install.sh test
 	@$(MAKE) --no-print-directory build images
 test: test-inputs ## Run all tests: unit, with real PostgreSQL and Redis, in real virtual machines
 	$(TEST_RUN) -timeout 30m ./...
+test-firecracker: export FIRECRACKER_BIN ?=
+test-firecracker: export JAILER_BIN ?=
+test-firecracker: ## The same with a real Firecracker (FIRECRACKER_BIN=… JAILER_BIN=…), in an emulated machine where there is no KVM
+	@[ -z "$(FIRECRACKER_BIN)" ] || $(MAKE) --no-print-directory test-inputs
+	@go run ./test/firecracker
 check: check-generated fmt-check vet lint test ## Everything CI checks
 check-generated:
 	@bash scripts/check-generated.sh

@@ -45,6 +45,9 @@ func testConfig(t testing.TB) Config {
 		t.Fatal(err)
 	}
 	env["AGENT_SANDBOXES_PATH"] = filepath.Join(dir, "sandboxes")
+	for _, variable := range []string{"AGENT_FIRECRACKER_DIR", "AGENT_PROBE_SEC"} {
+		env[variable] = os.Getenv(variable)
+	}
 	cfg, err := loadConfig(func(name string) string { return env[name] })
 	if err != nil {
 		t.Fatal(err)

@@ -30,6 +30,37 @@ func (s *suite) coldStart(t *testing.T) {
 	r.state(vm.StateGone)
 }
 
+// hardware asks the guest what it sees.
+func (s *suite) hardware(t *testing.T) {
+	cfg := s.env.Config(t)
+	cfg.VCPUs, cfg.MemoryMB = 2, 160
+	r := s.start(t, cfg)
+	r.expect("cpus", "2")
+	if mb, err := strconv.Atoi(r.ask("memory")); err != nil || mb > 160 || mb < 100 {
+		t.Errorf("the guest sees %d MiB, %v; want what its kernel leaves of 160", mb, err)
+	}
+	r.expect("random", "virtio_rng.0")
+}
+
+// grow gives a restored guest a larger disk than it knew.
+func (s *suite) grow(t *testing.T) {
+	cfg := s.clone(t)
+	const size = 1 << 20
+	cfg.Disks[0].GrowTo = size
+	r := s.start(t, cfg)
+	for r.ask("disk size") != strconv.Itoa(size) { // the guest is told by an interrupt
+		select {
+		case <-r.context().Done():
+			t.Fatalf("the guest sees %s bytes, want %d", r.ask("disk size"), size)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	r.expect("disk read", "before")
+	if fi, err := os.Stat(cfg.Disks[0].Path); err != nil || fi.Size() != size {
+		t.Errorf("the image has %d bytes, %v", fi.Size(), err)
+	}
+}
+
 func (s *suite) frozenStart(t *testing.T) {
 	cfg := s.clone(t)
 	cfg.Frozen = true
@@ -259,33 +290,35 @@ func (s *suite) mismatch(t *testing.T) {
 		"a state not there":  func(c *vm.Config) { c.Restore = &absent },
 		"a memory not there": func(c *vm.Config) { c.Restore = &vm.SnapshotFiles{State: s.snap.State, Memory: absent.State} },
 	} {
-		cfg := s.clone(t)
-		change(&cfg)
-		s.refuses(t, name, cfg)
+		t.Run(name, func(t *testing.T) {
+			cfg := s.clone(t)
+			change(&cfg)
+			s.refuses(t, cfg)
+		})
 	}
 }
 
 // refuses checks that a start fails and leaves nothing, not even a memory file.
-func (s *suite) refuses(t *testing.T, name string, cfg vm.Config) {
+func (s *suite) refuses(t *testing.T, cfg vm.Config) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience())
 	defer cancel()
 	d := s.env.New()
 	h, err := d.Start(ctx, cfg)
 	if err == nil {
-		t.Errorf("%s: the VM started", name)
+		t.Error("the VM started")
 		_ = d.Destroy(ctx, h)
 		return
 	}
 	var public *wrenn.Error
 	if !errors.As(err, &public) {
-		t.Errorf("%s: %v is no wrenn.Error", name, err)
+		t.Errorf("%v is no wrenn.Error", err)
 	}
 	if left, err := s.env.Leftovers(cfg); err != nil || len(left) > 0 {
-		t.Errorf("%s: left over: %v %v", name, left, err)
+		t.Errorf("left over: %v %v", left, err)
 	}
 	if _, err := os.Stat(cfg.MemoryFile); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("%s: the memory file was left: %v", name, err)
+		t.Errorf("the memory file was left: %v", err)
 	}
 }
 
@@ -305,29 +338,33 @@ func (s *suite) badConfigs(t *testing.T) {
 		"a MAC with more":   func(c *vm.Config) { c.Net.MAC += ",script=/bin/true" },
 		"a second line":     func(c *vm.Config) { c.Cmdline += "\nx" },
 	} {
-		cfg := s.env.Config(t)
-		change(&cfg)
-		s.refuses(t, name, cfg)
+		t.Run(name, func(t *testing.T) {
+			cfg := s.env.Config(t)
+			change(&cfg)
+			s.refuses(t, cfg)
+		})
 	}
 }
 
 func (s *suite) cancelledStart(t *testing.T) {
 	for _, after := range []time.Duration{0, 5 * time.Millisecond, 15 * time.Millisecond, 25 * time.Millisecond} {
-		cfg := s.clone(t)
-		ctx, cancel := context.WithTimeout(t.Context(), after)
-		d := s.env.New()
-		h, err := d.Start(ctx, cfg)
-		cancel()
-		if err == nil { // it was faster
-			r := &running{T: t, env: s.env, driver: d, cfg: cfg, handle: h}
-			r.state(vm.StateRunning)
-			r.destroy()
-		} else if _, statErr := os.Stat(cfg.MemoryFile); !errors.Is(statErr, os.ErrNotExist) {
-			t.Errorf("cancelled after %s: the memory file was left", after)
-		}
-		if left, err := s.env.Leftovers(cfg); err != nil || len(left) > 0 {
-			t.Errorf("cancelled after %s: left over: %v %v", after, left, err)
-		}
+		t.Run(after.String(), func(t *testing.T) {
+			cfg := s.clone(t)
+			ctx, cancel := context.WithTimeout(t.Context(), after)
+			d := s.env.New()
+			h, err := d.Start(ctx, cfg)
+			cancel()
+			if err == nil { // it was faster
+				r := &running{T: t, env: s.env, driver: d, cfg: cfg, handle: h}
+				r.state(vm.StateRunning)
+				r.destroy()
+			} else if _, statErr := os.Stat(cfg.MemoryFile); !errors.Is(statErr, os.ErrNotExist) {
+				t.Error("the memory file was left")
+			}
+			if left, err := s.env.Leftovers(cfg); err != nil || len(left) > 0 {
+				t.Errorf("left over: %v %v", left, err)
+			}
+		})
 	}
 }
 

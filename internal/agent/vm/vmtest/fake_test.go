@@ -56,6 +56,14 @@ func (d fake) Start(ctx context.Context, cfg vm.Config) (vm.Handle, error) {
 	if err := valid(cfg); err != nil {
 		return vm.Handle{}, err
 	}
+	for _, disk := range cfg.Disks {
+		if disk.GrowTo == 0 {
+			continue
+		}
+		if err := os.Truncate(disk.Path, disk.GrowTo); err != nil {
+			return vm.Handle{}, wrenn.Wrap(err, wrenn.KindInternal, "cannot grow the disk")
+		}
+	}
 	if err := m.load(); err != nil {
 		return vm.Handle{}, err
 	}
@@ -242,6 +250,10 @@ func (m *machine) command(words []string) (string, error) {
 		return fmt.Sprint((m.ran + time.Since(m.since)).Microseconds()), nil
 	case "cpus":
 		return fmt.Sprint(m.cfg.VCPUs), nil
+	case "memory":
+		return fmt.Sprint(m.cfg.MemoryMB - 20), nil
+	case "random":
+		return "virtio_rng.0", nil
 	case "fill":
 		m.pattern = strings.Join(words[1:], " ")
 		return "ok", nil
@@ -251,6 +263,9 @@ func (m *machine) command(words []string) (string, error) {
 	case "check":
 		return m.pattern, nil
 	case "disk":
+		if words[1] == "size" {
+			return fmt.Sprint(max(64<<10, m.cfg.Disks[0].GrowTo)), nil
+		}
 		if words[1] == "write" {
 			return "ok", os.WriteFile(m.cfg.Disks[0].Path, []byte(words[2]), 0o600)
 		}

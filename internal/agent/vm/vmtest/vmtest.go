@@ -57,6 +57,8 @@ func Exercise(t *testing.T, env Env) {
 		check func(*suite, *testing.T)
 	}{
 		{"lifecycle of a cold start", (*suite).coldStart},
+		{"the guest has what was asked for", (*suite).hardware},
+		{"a restored guest sees its disk grow", (*suite).grow},
 		{"a frozen start runs no vCPU", (*suite).frozenStart},
 		{"every call in every state", (*suite).everyCallInEveryState},
 		{"pause and resume are idempotent", (*suite).idempotent},

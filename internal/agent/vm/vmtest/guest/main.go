@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"strconv"
@@ -94,7 +95,7 @@ func (m *machine) command(words []string) (string, error) {
 		return m.check()
 	case "flood": // KiB
 		return flood(args)
-	case "disk": // write|read text
+	case "disk": // write text|read|size
 		return disk(args)
 	case "dial": // network address
 		return dial(args)
@@ -181,13 +182,17 @@ func flood(args []string) (string, error) {
 
 func disk(args []string) (string, error) {
 	if len(args) < 1 {
-		return "", errors.New("read or write")
+		return "", errors.New("read, write or size")
 	}
 	f, err := os.OpenFile("/dev/vda", os.O_RDWR|unix.O_DSYNC, 0)
 	if err != nil {
 		return "", err
 	}
 	defer f.Close()
+	if args[0] == "size" {
+		size, err := f.Seek(0, io.SeekEnd)
+		return strconv.FormatInt(size, 10), err
+	}
 	block := make([]byte, 512)
 	if args[0] == "write" {
 		copy(block, strings.Join(args[1:], " "))
