@@ -11,7 +11,7 @@ import (
 )
 
 // query gives the first column of every row as text.
-func query(t *testing.T, p *planetest.Plane, sql string, args ...any) []string {
+func query(t testing.TB, p *planetest.Plane, sql string, args ...any) []string {
 	t.Helper()
 	conn, err := pgx.Connect(t.Context(), p.Database)
 	if err != nil {

@@ -43,6 +43,14 @@ func readPage(limit *int, cursor *string) (page, error) {
 // maxMicros is the year 9999, the last that a timestamp of RFC 3339 can have.
 const maxMicros = 253402300799 * 1_000_000
 
+// before is the place that the page begins after; that of the first page is after everything.
+func (p page) before() (time.Time, string) {
+	if p.afterAt == nil {
+		return time.UnixMicro(maxMicros).UTC(), ""
+	}
+	return *p.afterAt, p.afterID
+}
+
 // fetch is how many rows to ask the database for: one more tells whether there are more.
 func (p page) fetch() int32 { return int32(p.limit) + 1 }
 

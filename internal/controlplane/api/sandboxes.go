@@ -110,9 +110,24 @@ func (s *Server) ListSandboxes(ctx context.Context, req gen.ListSandboxesRequest
 	if err != nil {
 		return nil, err
 	}
-	p := db.ListSandboxesParams{
-		Status: (*string)(q.Status), Template: q.Template, HostID: q.HostID, Name: q.Name,
-		AfterAt: pg.afterAt, AfterID: pg.afterID, MaxRows: pg.fetch(),
+	rows, err := s.findSandboxes(ctx, q, pg)
+	if err != nil {
+		return nil, err
+	}
+	rows, next := cut(pg, rows, func(r db.FindSandboxesRow) (time.Time, string) { return r.Sandbox.CreatedAt, r.Sandbox.ID })
+	out := gen.ListSandboxes200JSONResponse{Sandboxes: make([]gen.Sandbox, 0, len(rows)), NextCursor: next}
+	for _, r := range rows {
+		out.Sandboxes = append(out.Sandboxes, sandboxJSON(db.GetSandboxRow(r)))
+	}
+	return out, nil
+}
+
+// findSandboxes gives a page of the team's sandboxes, of all or of those that match.
+func (s *Server) findSandboxes(ctx context.Context, q gen.ListSandboxesParams, pg page) ([]db.FindSandboxesRow, error) {
+	team := s.st.Team(auth.From(ctx).TeamID)
+	at, id := pg.before()
+	p := db.FindSandboxesParams{
+		Status: (*string)(q.Status), Template: q.Template, HostID: q.HostID, Name: q.Name, BeforeAt: at, BeforeID: id, MaxRows: pg.fetch(),
 	}
 	if q.Metadata != nil {
 		want := map[string]string{}
@@ -120,20 +135,20 @@ func (s *Server) ListSandboxes(ctx context.Context, req gen.ListSandboxesRequest
 			key, value, _ := strings.Cut(kv, "=")
 			want[key] = value
 		}
+		var err error
 		if p.Metadata, err = json.Marshal(want); err != nil {
 			return nil, err
 		}
 	}
-	rows, err := s.st.Team(auth.From(ctx).TeamID).ListSandboxes(ctx, p)
-	if err != nil {
-		return nil, err
+	if p.Status != nil || p.Template != nil || p.HostID != nil || p.Name != nil || p.Metadata != nil {
+		return team.FindSandboxes(ctx, p)
 	}
-	rows, next := cut(pg, rows, func(r db.ListSandboxesRow) (time.Time, string) { return r.Sandbox.CreatedAt, r.Sandbox.ID })
-	out := gen.ListSandboxes200JSONResponse{Sandboxes: make([]gen.Sandbox, 0, len(rows)), NextCursor: next}
-	for _, r := range rows {
-		out.Sandboxes = append(out.Sandboxes, sandboxJSON(db.GetSandboxRow(r)))
+	all, err := team.ListSandboxes(ctx, db.ListSandboxesParams{BeforeAt: at, BeforeID: id, MaxRows: p.MaxRows})
+	rows := make([]db.FindSandboxesRow, len(all))
+	for i, r := range all {
+		rows[i] = db.FindSandboxesRow(r)
 	}
-	return out, nil
+	return rows, err
 }
 
 // GetSandbox implements gen.StrictServerInterface.

@@ -43,13 +43,14 @@ type Options struct {
 
 // Plane is a running control plane.
 type Plane struct {
-	URL    string
-	Store  *store.Store
-	Redis  *ephemeral.Redis
-	Fleet  *fleet.Fleet
-	Tokens *auth.Tokens
-	Admin  User
-	Log    *Log
+	URL     string
+	Handler http.Handler // what answers at URL
+	Store   *store.Store
+	Redis   *ephemeral.Redis
+	Fleet   *fleet.Fleet
+	Tokens  *auth.Tokens
+	Admin   User
+	Log     *Log
 
 	t        testing.TB
 	Database string
@@ -133,6 +134,7 @@ func Start(t testing.TB, o Options) *Plane {
 	if err != nil {
 		t.Fatal(err)
 	}
+	p.Handler = srv
 	hs := srv.HTTPServer()
 	ln, err := listen("127.0.0.1:0")
 	if err != nil {

@@ -22,6 +22,7 @@ import (
 
 const (
 	maxConns         = 16
+	maxRelaxedConns  = 4
 	connectTimeout   = 5 * time.Second
 	statementTimeout = 20 * time.Second
 	idleTxTimeout    = 30 * time.Second
@@ -31,7 +32,8 @@ const (
 // of a team go through Team.
 type Store struct {
 	*db.Queries
-	pool *pgxpool.Pool
+	pool    *pgxpool.Pool
+	relaxed *pgxpool.Pool // for what may be lost if the server crashes: its commits do not wait for the disk
 }
 
 // Open makes the pool; it connects when first used.
@@ -49,11 +51,27 @@ func Open(ctx context.Context, url string) (*Store, error) {
 	setDefault(params, "application_name", "wrenn-cp")
 	setDefault(params, "statement_timeout", strconv.FormatInt(statementTimeout.Milliseconds(), 10))
 	setDefault(params, "idle_in_transaction_session_timeout", strconv.FormatInt(idleTxTimeout.Milliseconds(), 10))
-	pool, err := pgxpool.NewWithConfig(ctx, cfg)
-	if err != nil {
+	// One plan per statement, whatever its parameters: planning anew costs more than most queries do, and the
+	// server would do it more often the larger the tables are. Team.FindSandboxes is the exception.
+	setDefault(params, "plan_cache_mode", "force_generic_plan")
+	s := &Store{}
+	if s.pool, err = pgxpool.NewWithConfig(ctx, cfg); err != nil {
 		return nil, err
 	}
-	return &Store{Queries: db.New(pool), pool: pool}, nil
+	loose := cfg.Copy()
+	loose.MaxConns = maxRelaxedConns
+	loose.ConnConfig.RuntimeParams["synchronous_commit"] = "off"
+	if s.relaxed, err = pgxpool.NewWithConfig(ctx, loose); err != nil {
+		s.pool.Close()
+		return nil, err
+	}
+	s.Queries = db.New(s.pool)
+	return s, nil
+}
+
+// Heartbeat notes what a host reports. The next heartbeat says it again, so it may be lost with the server.
+func (s *Store) Heartbeat(ctx context.Context, p db.HeartbeatParams) (db.HeartbeatRow, error) {
+	return db.New(s.relaxed).Heartbeat(ctx, p)
 }
 
 func setDefault(m map[string]string, key, value string) {
@@ -63,7 +81,10 @@ func setDefault(m map[string]string, key, value string) {
 }
 
 // Close waits for connections in use and closes them.
-func (s *Store) Close() { s.pool.Close() }
+func (s *Store) Close() {
+	s.relaxed.Close()
+	s.pool.Close()
+}
 
 // Ping asks the server.
 func (s *Store) Ping(ctx context.Context) error { return s.pool.Ping(ctx) }

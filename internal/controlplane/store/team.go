@@ -9,15 +9,16 @@ import (
 // Team is what one team can see: the only way to the queries of queries/team.sql, each of which it binds
 // to the team, whatever the caller filled in.
 type Team struct {
-	q  *db.Queries
-	id string
+	q     *db.Queries
+	id    string
+	store *Store // nil within a transaction
 }
 
 // Team narrows the store to one team.
-func (s *Store) Team(id string) Team { return Team{s.Queries, id} }
+func (s *Store) Team(id string) Team { return Team{s.Queries, id, s} }
 
 // Team narrows the transaction to one team.
-func (t Tx) Team(id string) Team { return Team{t.Queries, id} }
+func (t Tx) Team(id string) Team { return Team{t.Queries, id, nil} }
 
 // ID is the team's id.
 func (t Team) ID() string { return t.id }
@@ -67,6 +68,19 @@ func (t Team) SandboxRoute(ctx context.Context, id string) (db.SandboxRouteRow, 
 func (t Team) ListSandboxes(ctx context.Context, p db.ListSandboxesParams) ([]db.ListSandboxesRow, error) {
 	p.TeamID = t.id
 	return t.q.ListSandboxes(ctx, p)
+}
+
+// FindSandboxes gives a page of those that match. Its statement is planned for what is asked.
+func (t Team) FindSandboxes(ctx context.Context, p db.FindSandboxesParams) (rows []db.FindSandboxesRow, err error) {
+	p.TeamID = t.id
+	err = t.store.Tx(ctx, func(tx Tx) error {
+		if err := tx.PlanAnew(ctx); err != nil {
+			return err
+		}
+		rows, err = tx.FindSandboxes(ctx, p)
+		return err
+	})
+	return rows, err
 }
 
 // TouchSandbox counts as activity; it tells whether the sandbox runs.

@@ -492,6 +492,19 @@ func (q *Queries) MissingCount(ctx context.Context) (int64, error) {
 	return count, err
 }
 
+const planAnew = `-- name: PlanAnew :exec
+
+SELECT set_config('plan_cache_mode', 'force_custom_plan', true)
+`
+
+// What the control plane itself does with sandboxes, whoever owns them. Not for requests: those go
+// through team.sql.
+// From here to the end of the transaction every statement is planned for its parameters.
+func (q *Queries) PlanAnew(ctx context.Context) error {
+	_, err := q.db.Exec(ctx, planAnew)
+	return err
+}
+
 const purgeDeleted = `-- name: PurgeDeleted :exec
 DELETE FROM sandboxes WHERE deleted_at < now() - interval '90 days'
 `
@@ -520,12 +533,9 @@ func (q *Queries) ReleaseWork(ctx context.Context, arg ReleaseWorkParams) error 
 }
 
 const sandboxByID = `-- name: SandboxByID :one
-
 SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot FROM sandboxes WHERE id = $1
 `
 
-// What the control plane itself does with sandboxes, whoever owns them. Not for requests: those go
-// through team.sql.
 func (q *Queries) SandboxByID(ctx context.Context, id string) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, sandboxByID, id)
 	var i Sandbox

@@ -240,6 +240,103 @@ func (q *Queries) EventsAfter(ctx context.Context, arg EventsAfterParams) ([]Eve
 	return items, nil
 }
 
+const findSandboxes = `-- name: FindSandboxes :many
+SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, s.auto_resume, s.cold, s.durable_at, s.needs, s.from_sandbox, s.from_checkpoint, s.from_snapshot, (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
+FROM sandboxes s JOIN hosts h ON h.id = s.host_id
+WHERE s.team_id = $1 AND s.deleted_at IS NULL AND (s.created_at, s.id) < ($2::timestamptz, $3::text)
+  AND ($4::text IS NULL OR s.status = $4)
+  AND ($5::text IS NULL OR s.template = $5)
+  AND ($6::text IS NULL OR s.host_id = $6)
+  AND ($7::text IS NULL OR s.name = $7)
+  AND ($8::jsonb IS NULL OR s.metadata @> $8::jsonb)
+ORDER BY s.created_at DESC, s.id DESC
+LIMIT $9
+`
+
+type FindSandboxesParams struct {
+	TeamID   string
+	BeforeAt time.Time
+	BeforeID string
+	Status   *string
+	Template *string
+	HostID   *string
+	Name     *string
+	Metadata json.RawMessage
+	MaxRows  int32
+}
+
+type FindSandboxesRow struct {
+	Sandbox    Sandbox
+	HostOnline bool
+}
+
+// A page of those that match; which index helps depends on what is asked (see Team.FindSandboxes).
+func (q *Queries) FindSandboxes(ctx context.Context, arg FindSandboxesParams) ([]FindSandboxesRow, error) {
+	rows, err := q.db.Query(ctx, findSandboxes,
+		arg.TeamID,
+		arg.BeforeAt,
+		arg.BeforeID,
+		arg.Status,
+		arg.Template,
+		arg.HostID,
+		arg.Name,
+		arg.Metadata,
+		arg.MaxRows,
+	)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	items := []FindSandboxesRow{}
+	for rows.Next() {
+		var i FindSandboxesRow
+		if err := rows.Scan(
+			&i.Sandbox.ID,
+			&i.Sandbox.TeamID,
+			&i.Sandbox.HostID,
+			&i.Sandbox.Name,
+			&i.Sandbox.Status,
+			&i.Sandbox.Reason,
+			&i.Sandbox.Template,
+			&i.Sandbox.DefaultUser,
+			&i.Sandbox.VCPUs,
+			&i.Sandbox.MemoryMB,
+			&i.Sandbox.DiskMB,
+			&i.Sandbox.TimeoutSec,
+			&i.Sandbox.OnTimeout,
+			&i.Sandbox.Metadata,
+			&i.Sandbox.CreateEnv,
+			&i.Sandbox.Revision,
+			&i.Sandbox.OperationID,
+			&i.Sandbox.OperationUntil,
+			&i.Sandbox.CleanupPending,
+			&i.Sandbox.MissingSince,
+			&i.Sandbox.CreatedBy,
+			&i.Sandbox.CreatedAt,
+			&i.Sandbox.StartedAt,
+			&i.Sandbox.LastActiveAt,
+			&i.Sandbox.UpdatedAt,
+			&i.Sandbox.DeletedAt,
+			&i.Sandbox.KillOperationID,
+			&i.Sandbox.AutoResume,
+			&i.Sandbox.Cold,
+			&i.Sandbox.DurableAt,
+			&i.Sandbox.Needs,
+			&i.Sandbox.FromSandbox,
+			&i.Sandbox.FromCheckpoint,
+			&i.Sandbox.FromSnapshot,
+			&i.HostOnline,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
 const getCheckpoint = `-- name: GetCheckpoint :one
 SELECT c.id, c.team_id, c.sandbox_id, c.name, c.parent_id, c.status, c.has_memory, c.size_bytes, c.own_bytes, c.needs, c.operation_until, c.missing_since, c.created_by, c.created_at, c.deleted_at, s.host_id FROM checkpoints c JOIN sandboxes s ON s.id = c.sandbox_id
 WHERE c.team_id = $1 AND c.id = $2
@@ -712,26 +809,15 @@ func (q *Queries) ListCheckpoints(ctx context.Context, arg ListCheckpointsParams
 const listSandboxes = `-- name: ListSandboxes :many
 SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, s.auto_resume, s.cold, s.durable_at, s.needs, s.from_sandbox, s.from_checkpoint, s.from_snapshot, (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
 FROM sandboxes s JOIN hosts h ON h.id = s.host_id
-WHERE s.team_id = $1 AND s.deleted_at IS NULL
-  AND ($2::text IS NULL OR s.status = $2)
-  AND ($3::text IS NULL OR s.template = $3)
-  AND ($4::text IS NULL OR s.host_id = $4)
-  AND ($5::text IS NULL OR s.name = $5)
-  AND ($6::jsonb IS NULL OR s.metadata @> $6::jsonb)
-  AND ($7::timestamptz IS NULL OR (s.created_at, s.id) < ($7::timestamptz, $8::text))
+WHERE s.team_id = $1 AND s.deleted_at IS NULL AND (s.created_at, s.id) < ($2::timestamptz, $3::text)
 ORDER BY s.created_at DESC, s.id DESC
-LIMIT $9
+LIMIT $4
 `
 
 type ListSandboxesParams struct {
 	TeamID   string
-	Status   *string
-	Template *string
-	HostID   *string
-	Name     *string
-	Metadata json.RawMessage
-	AfterAt  *time.Time
-	AfterID  string
+	BeforeAt time.Time
+	BeforeID string
 	MaxRows  int32
 }
 
@@ -740,16 +826,12 @@ type ListSandboxesRow struct {
 	HostOnline bool
 }
 
+// A page of all, newest first: always the same walk along an index, however many there are.
 func (q *Queries) ListSandboxes(ctx context.Context, arg ListSandboxesParams) ([]ListSandboxesRow, error) {
 	rows, err := q.db.Query(ctx, listSandboxes,
 		arg.TeamID,
-		arg.Status,
-		arg.Template,
-		arg.HostID,
-		arg.Name,
-		arg.Metadata,
-		arg.AfterAt,
-		arg.AfterID,
+		arg.BeforeAt,
+		arg.BeforeID,
 		arg.MaxRows,
 	)
 	if err != nil {

@@ -1,6 +1,10 @@
 -- What the control plane itself does with sandboxes, whoever owns them. Not for requests: those go
 -- through team.sql.
 
+-- name: PlanAnew :exec
+-- From here to the end of the transaction every statement is planned for its parameters.
+SELECT set_config('plan_cache_mode', 'force_custom_plan', true);
+
 -- name: SandboxByID :one
 SELECT * FROM sandboxes WHERE id = @id;
 

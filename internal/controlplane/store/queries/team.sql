@@ -69,15 +69,23 @@ FROM sandboxes s JOIN hosts h ON h.id = s.host_id
 WHERE s.team_id = @team_id AND s.id = @id AND s.deleted_at IS NULL;
 
 -- name: ListSandboxes :many
+-- A page of all, newest first: always the same walk along an index, however many there are.
 SELECT sqlc.embed(s), (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
 FROM sandboxes s JOIN hosts h ON h.id = s.host_id
-WHERE s.team_id = @team_id AND s.deleted_at IS NULL
+WHERE s.team_id = @team_id AND s.deleted_at IS NULL AND (s.created_at, s.id) < (@before_at::timestamptz, @before_id::text)
+ORDER BY s.created_at DESC, s.id DESC
+LIMIT @max_rows;
+
+-- name: FindSandboxes :many
+-- A page of those that match; which index helps depends on what is asked (see Team.FindSandboxes).
+SELECT sqlc.embed(s), (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
+FROM sandboxes s JOIN hosts h ON h.id = s.host_id
+WHERE s.team_id = @team_id AND s.deleted_at IS NULL AND (s.created_at, s.id) < (@before_at::timestamptz, @before_id::text)
   AND (sqlc.narg('status')::text IS NULL OR s.status = sqlc.narg('status'))
   AND (sqlc.narg('template')::text IS NULL OR s.template = sqlc.narg('template'))
   AND (sqlc.narg('host_id')::text IS NULL OR s.host_id = sqlc.narg('host_id'))
   AND (sqlc.narg('name')::text IS NULL OR s.name = sqlc.narg('name'))
   AND (sqlc.narg('metadata')::jsonb IS NULL OR s.metadata @> sqlc.narg('metadata')::jsonb)
-  AND (sqlc.narg('after_at')::timestamptz IS NULL OR (s.created_at, s.id) < (sqlc.narg('after_at')::timestamptz, @after_id::text))
 ORDER BY s.created_at DESC, s.id DESC
 LIMIT @max_rows;
 
