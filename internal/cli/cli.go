@@ -120,7 +120,7 @@ Which control plane it speaks to, and as whom, it takes from the first of
 			root.AddCommand(c)
 		}
 	}
-	add("use", a.sandboxCommand(), a.templateCommand(), a.loginCommand(), a.logoutCommand())
+	add("use", a.sandboxCommand(), a.snapshotCommand(), a.templateCommand(), a.eventsCommand(), a.loginCommand(), a.logoutCommand())
 	add("fleet", a.hostCommand(), a.keyCommand())
 	add("local", a.upCommand(), a.downCommand(), a.statusCommand(), a.resetCommand())
 	root.AddCommand(a.versionCommand(), a.devCommand())

@@ -11,17 +11,18 @@ import (
 )
 
 func (a *app) pauseCommand() *cobra.Command {
-	var diskOnly bool
+	var o wrenn.PauseOptions
 	cmd := &cobra.Command{
 		Use: "pause SANDBOX…", Short: "Pause sandboxes: they keep disk and memory and use nothing else",
 		Example: `  wrenn sandbox pause my-box
   wrenn sandbox pause my-box --disk-only`,
 		Args: cobra.MinimumNArgs(1), ValidArgsFunction: a.completeSandbox,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.change(cmd.Context(), args, func(ctx context.Context, sb *wrenn.Sandbox) error { return sb.Pause(ctx, !diskOnly) })
+			return a.change(cmd.Context(), args, func(ctx context.Context, sb *wrenn.Sandbox) error { return sb.PauseWith(ctx, o) })
 		},
 	}
-	cmd.Flags().BoolVar(&diskOnly, "disk-only", false, "give the memory up; a resume then boots")
+	cmd.Flags().BoolVar(&o.Durable, "durable", false, "wait until the state survives a power cut")
+	cmd.Flags().BoolVar(&o.DiskOnly, "disk-only", false, "give the memory up; a resume then boots")
 	return cmd
 }
 

@@ -19,6 +19,7 @@ func (a *app) sandboxCommand() *cobra.Command {
 	cmd := group("sandbox", "Create and use sandboxes", "sb", "sandboxes")
 	cmd.Long = "Create and use sandboxes. Wherever a SANDBOX is asked for, its id or its name will do."
 	cmd.AddCommand(a.createCommand(), a.listCommand(), a.getCommand(), a.pauseCommand(), a.resumeCommand(), a.removeCommand(),
+		a.forkCommand(), a.checkpointCommand(), a.rollbackCommand(), a.storageCommand(),
 		a.execCommand(), a.shellCommand(), a.copyCommand(), a.psCommand(), a.killCommand(), a.timeoutCommand())
 	return cmd
 }
@@ -35,7 +36,8 @@ func (a *app) createCommand() *cobra.Command {
 		Long:  "Creates a sandbox from a template (minimal if none is named; `wrenn template ls` shows them) and prints its id when it takes commands.",
 		Example: `  wrenn sandbox create
   wrenn sandbox create base --name ci --cpus 2 --memory 2G --disk 8G
-  wrenn sandbox create base -e TOKEN=abc --metadata team=blue --timeout 30m
+  wrenn sandbox create base -e TOKEN=abc --metadata team=blue --timeout 30m --auto-resume
+  wrenn sandbox create --from chk-h2k7x0w9m4q1z8c5v3b6n2a1s
   id=$(wrenn sandbox create base) && wrenn sandbox exec $id -- python3 -V`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 1 {
@@ -63,6 +65,8 @@ func (a *app) createCommand() *cobra.Command {
 	f.StringVar(&disk, "disk", "", "disk, such as 8G (the template's)")
 	f.DurationVar(&idle, "timeout", 0, "idle time after which --on-timeout happens, such as 30m (never)")
 	f.StringVar(&onTimeout, "on-timeout", "", "pause or kill (pause)")
+	f.BoolVar(&o.AutoResume, "auto-resume", false, "commands, files and processes wake it when it is paused")
+	f.StringVar(&o.From, "from", "", "`CHECKPOINT` to begin with, instead of a template")
 	f.StringArrayVarP(&env, "env", "e", nil, "`NAME=VALUE` for every command; may be repeated")
 	f.StringArrayVarP(&metadata, "metadata", "m", nil, "label `KEY=VALUE`; may be repeated")
 	f.StringVarP(&o.User, "user", "u", "", "default user of commands and files (the template's)")
@@ -216,8 +220,16 @@ func printSandbox(w io.Writer, s api.Sandbox) {
 	}
 	fields(w, "id", s.ID, "name", s.Name, "status", statusOf(s), "reason", s.Reason, "template", s.Template, "user", s.User,
 		"cpus", strconv.Itoa(int(s.Vcpus)), "memory", megabytes(int64(s.MemoryMB)), "disk", megabytes(int64(s.DiskMB)),
-		"timeout", timeout, "metadata", strings.Join(labels, " "), "host", s.HostID, "created", moment(s.CreatedAt),
+		"timeout", timeout, "auto-resume", yes(s.AutoResume), "from", s.From, "durable since", moment(s.DurableAt), "metadata", strings.Join(labels, " "), "host", s.HostID, "created", moment(s.CreatedAt),
 		"started", moment(s.StartedAt), "last active", moment(s.LastActiveAt))
+}
+
+// yes says so, or nothing.
+func yes(b bool) string {
+	if b {
+		return "yes"
+	}
+	return ""
 }
 
 // find gets a sandbox by id or name.

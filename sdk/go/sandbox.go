@@ -119,7 +119,18 @@ func (s *Sandbox) Ping(ctx context.Context) error {
 // Pause keeps the sandbox's disk and, if memory, its memory with all processes as they are, and frees
 // the rest until Resume.
 func (s *Sandbox) Pause(ctx context.Context, memory bool) error {
-	return s.update(ctx, call{method: http.MethodPost, path: s.path("/pause"), body: map[string]bool{"memory": memory}})
+	return s.PauseWith(ctx, PauseOptions{DiskOnly: !memory})
+}
+
+// PauseOptions say what a pause keeps and when it returns.
+type PauseOptions struct {
+	DiskOnly bool // give the memory up; a resume then boots
+	Durable  bool // return only when the state survives a power cut
+}
+
+// PauseWith is Pause with options.
+func (s *Sandbox) PauseWith(ctx context.Context, o PauseOptions) error {
+	return s.update(ctx, call{method: http.MethodPost, path: s.path("/pause"), body: map[string]bool{"memory": !o.DiskOnly, "durable": o.Durable}})
 }
 
 // Resume lets a paused sandbox run again and returns when it takes commands.

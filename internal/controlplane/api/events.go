@@ -108,7 +108,8 @@ func (s *Server) streamEvents(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("X-Accel-Buffering", "no") // a proxy in between shall not hold them back
 	w.WriteHeader(http.StatusOK)
 	defer func() { _ = out.rc.SetWriteDeadline(time.Time{}) }() // the connection goes on
-	if out.comment("events follow") != nil {
+	// An id alone tells the client where it is, should it be cut off before the first event.
+	if out.write(fmt.Sprintf(": events follow\nid: %d\n\n", after)) != nil {
 		return
 	}
 	sign := time.NewTicker(eventsSign)

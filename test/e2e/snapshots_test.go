@@ -1,0 +1,177 @@
+package e2e
+
+import (
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	wrenn "github.com/wrenn-sandbox/wrenn/sdk/go"
+	"github.com/wrenn-sandbox/wrenn/sdk/go/api"
+	"github.com/wrenn-sandbox/wrenn/test/stack"
+)
+
+const (
+	begin  = "echo first > note; sleep 1000 > /dev/null 2>&1 & echo $! > pid"
+	stands = "cat note; kill -0 $(cat pid) && echo alive"
+)
+
+func TestForkGoesOnFromThisMoment(t *testing.T) {
+	t.Parallel()
+	ctx, s := start(t)
+	src := sandbox(ctx, t, s, wrenn.SandboxOptions{MemoryMB: 256, Env: map[string]string{"COLOR": "green"}})
+	shell(ctx, t, src, begin)
+	children, err := src.Fork(ctx, api.ForkRequest{Count: 3, Name: "kid", Env: map[string]string{"ROLE": "child"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := map[string]bool{shell(ctx, t, src, "cat /etc/machine-id; hostname"): true}
+	for i, c := range children {
+		if c.Err != nil {
+			t.Fatalf("child %d: %v", i, c.Err)
+		}
+		t.Cleanup(func() { _, _ = c.Sandbox.Delete(t.Context()) })
+		if got := shell(ctx, t, c.Sandbox, stands+"; echo $COLOR $ROLE"); got != "first\nalive\ngreen child" {
+			t.Errorf("child %d: %q", i, got)
+		}
+		seen[shell(ctx, t, c.Sandbox, "cat /etc/machine-id; hostname")] = true
+	}
+	if len(seen) != 4 {
+		t.Errorf("twins: %v", seen)
+	}
+	shell(ctx, t, children[0].Sandbox, "echo changed > note")
+	if got := shell(ctx, t, src, stands); got != "first\nalive" {
+		t.Errorf("the source: %q", got)
+	}
+}
+
+func TestCheckpointsGoBackAndForth(t *testing.T) {
+	t.Parallel()
+	ctx, s := start(t)
+	sb := sandbox(ctx, t, s, wrenn.SandboxOptions{MemoryMB: 256})
+	shell(ctx, t, sb, begin)
+	first, err := sb.Checkpoint(ctx, "first")
+	if err != nil {
+		t.Fatal(err)
+	}
+	shell(ctx, t, sb, "echo second > note; kill $(cat pid)")
+	leftAs, err := sb.Rollback(ctx, first.ID, false)
+	if err != nil || sb.Status != api.SandboxStatusRunning {
+		t.Fatalf("rollback: %v, %s", err, sb.Status)
+	}
+	if got := shell(ctx, t, sb, stands); got != "first\nalive" {
+		t.Errorf("after a rollback: %q", got)
+	}
+	list, err := sb.Checkpoints(ctx)
+	if err != nil || len(list) != 2 || list[1].ID != leftAs || list[1].ParentID != first.ID || !list[0].Memory || list[0].SizeBytes == 0 {
+		t.Errorf("checkpoints: %+v, %v", list, err)
+	}
+
+	// A sandbox of its own from the state that was left.
+	other := sandbox(ctx, t, s, wrenn.SandboxOptions{From: leftAs})
+	if got := shell(ctx, t, other, "cat note"); got != "second" {
+		t.Errorf("from a checkpoint: %q", got)
+	}
+
+	// What is not needed any more goes, and nothing breaks. A paused one is saved and taken back as well.
+	if err := sb.DeleteCheckpoint(ctx, first.ID); err != nil {
+		t.Fatal(err)
+	}
+	if err := sb.Pause(ctx, true); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := sb.Rollback(ctx, leftAs, true); err != nil {
+		t.Fatal(err)
+	}
+	if got := shell(ctx, t, sb, "cat note"); got != "second" {
+		t.Errorf("forward again: %q", got)
+	}
+	use, err := sb.Storage(ctx)
+	if err != nil || use.Disk.SizeBytes == 0 || len(use.Checkpoints) != 1 || use.Total.OwnBytes > use.Total.SizeBytes {
+		t.Errorf("storage: %+v, %v", use, err)
+	}
+}
+
+func TestSnapshotIsATemplateOfTheTeam(t *testing.T) {
+	t.Parallel()
+	ctx, s := start(t)
+	src := sandbox(ctx, t, s, wrenn.SandboxOptions{MemoryMB: 256})
+	shell(ctx, t, src, begin)
+	snap, err := s.Client.CreateSnapshot(ctx, api.CreateSnapshotRequest{SandboxID: src.ID, Name: "e2e-ready"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	shell(ctx, t, src, "echo later > note")
+	sb := sandbox(ctx, t, s, wrenn.SandboxOptions{Template: snap.Name})
+	if got := shell(ctx, t, sb, stands); got != "first\nalive" || sb.MemoryMB != 256 {
+		t.Errorf("from a snapshot: %q, %d MB", got, sb.MemoryMB)
+	}
+	if err := s.Client.DeleteSnapshot(ctx, snap.Name); wrenn.CodeOf(err) != wrenn.CodeInUse {
+		t.Errorf("a snapshot in use: %v", err)
+	}
+	if _, err := sb.Delete(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Client.DeleteSnapshot(ctx, snap.Name); err != nil {
+		t.Errorf("a snapshot that nobody uses: %v", err)
+	}
+	if got := shell(ctx, t, src, "cat note"); got != "later" {
+		t.Errorf("the source: %q", got)
+	}
+}
+
+// Fifty requests at once wake a sandbox once: with its memory, and from its disk alone.
+func TestRequestsWakeASandbox(t *testing.T) {
+	t.Parallel()
+	ctx, s := start(t)
+	sb := sandbox(ctx, t, s, wrenn.SandboxOptions{AutoResume: true, MemoryMB: 256})
+	shell(ctx, t, sb, begin)
+	for _, memory := range []bool{true, false} {
+		if err := sb.Pause(ctx, memory); err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		var all sync.WaitGroup
+		for range 50 {
+			all.Go(func() {
+				if res, err := sb.Exec(ctx, "cat", "note"); err != nil || string(res.Stdout) != "first\n" {
+					t.Errorf("memory %v: %v, %v", memory, res, err)
+				}
+			})
+		}
+		all.Wait()
+		t.Logf("memory %v: 50 requests were answered within %v", memory, time.Since(began))
+	}
+	if _, err := sb.Delete(ctx); err != nil {
+		t.Fatal(err)
+	}
+	woken := 0
+	for e, err := range s.Client.Events(ctx, wrenn.EventOptions{All: true, Subject: sb.ID}) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Type == "sandbox.resuming" {
+			woken++
+		}
+		if e.Type == "sandbox.deleted" {
+			break
+		}
+	}
+	if woken != 2 {
+		t.Errorf("it was woken %d times, paused twice", woken)
+	}
+
+	pause := sandbox(ctx, t, s, wrenn.SandboxOptions{AutoResume: true, MemoryMB: 256, TimeoutSec: 2})
+	err := stack.Eventually(ctx, time.Minute, func() error {
+		if err := pause.Refresh(ctx); err != nil || pause.Status != api.SandboxStatusPaused {
+			return fmt.Errorf("it is %s (%w)", pause.Status, err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pause.Files().Mkdir(ctx, "woken"); err != nil {
+		t.Errorf("a file request: %v", err)
+	}
+}
