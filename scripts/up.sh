@@ -32,7 +32,7 @@ quietly() {
 	return $status
 }
 
-command -v go >/dev/null || { echo "Go is missing: install Go 1.25 or newer from https://go.dev/dl and put it into PATH" >&2; exit 1; }
+command -v go >/dev/null || { echo "Go is missing: install Go 1.26 or newer from https://go.dev/dl and put it into PATH" >&2; exit 1; }
 bash scripts/install.sh run
 quietly "build the programs" make --no-print-directory build
 make --no-print-directory images

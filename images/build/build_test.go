@@ -167,6 +167,26 @@ func TestScriptRefusesNamesItCannotSay(t *testing.T) {
 	}
 }
 
+// Without root the hooks run as another user, who may write into the tree and nowhere else; only what
+// mmdebstrap does itself may.
+func TestHooksWriteIntoTheTreeOnly(t *testing.T) {
+	t.Parallel()
+	downloads := 0
+	for _, arg := range arguments(recipe{packages: []string{"bash"}}, source{suite: "bookworm"}, "/elsewhere/root.tar", "/elsewhere/list") {
+		hook, ok := strings.CutPrefix(arg, "--customize-hook=")
+		switch {
+		case !ok:
+		case strings.HasPrefix(hook, "download "):
+			downloads++
+		case strings.Contains(hook, "/elsewhere"):
+			t.Errorf("a hook names a file outside the tree: %s", hook)
+		}
+	}
+	if downloads != 1 {
+		t.Errorf("%d downloads", downloads)
+	}
+}
+
 func TestUnknownImage(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

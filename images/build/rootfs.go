@@ -65,19 +65,7 @@ func excluded() []string {
 func debootstrap(ctx context.Context, r recipe, src source, archive string) ([]pkg, error) {
 	list := archive + ".packages"
 	defer os.Remove(list)
-	args := []string{"--quiet", "--variant=apt", "--format=tar", "--include=" + strings.Join(r.packages, ",")}
-	for _, o := range excluded() {
-		args = append(args, "--dpkgopt="+o)
-	}
-	for _, o := range src.options {
-		args = append(args, "--aptopt="+o)
-	}
-	args = append(args, "--aptopt=Acquire::Languages \"none\"", `--customize-hook=dpkg-query --admindir="$1/var/lib/dpkg" -W -f '${Package} ${Version}\n' > '`+list+`'`)
-	for _, h := range hooks() {
-		args = append(args, "--customize-hook="+h)
-	}
-	args = append(args, src.suite, archive, "-")
-	cmd := exec.CommandContext(ctx, "mmdebstrap", args...)
+	cmd := exec.CommandContext(ctx, "mmdebstrap", arguments(r, src, archive, list)...)
 	cmd.Env = append(os.Environ(), fmt.Sprintf("SOURCE_DATE_EPOCH=%d", epoch), "LC_ALL=C.UTF-8", "DEBIAN_FRONTEND=noninteractive")
 	cmd.Stdin = strings.NewReader(strings.Join(src.lines, "\n") + "\n")
 	// Killed outright it would leave its mounts behind; this way it takes them down.
@@ -89,6 +77,25 @@ func debootstrap(ctx context.Context, r recipe, src source, archive string) ([]p
 		return nil, fmt.Errorf("mmdebstrap: %w; its last words:\n%s", err, out)
 	}
 	return readPackages(list)
+}
+
+// arguments of mmdebstrap, which writes the tree to archive and the names of its packages to list.
+func arguments(r recipe, src source, archive, list string) []string {
+	args := []string{"--quiet", "--variant=apt", "--format=tar", "--include=" + strings.Join(r.packages, ",")}
+	for _, o := range excluded() {
+		args = append(args, "--dpkgopt="+o)
+	}
+	for _, o := range src.options {
+		args = append(args, "--aptopt="+o)
+	}
+	args = append(args, "--aptopt=Acquire::Languages \"none\"",
+		// A hook cannot write here: without root it runs as another user. download can.
+		`--customize-hook=dpkg-query --admindir="$1/var/lib/dpkg" -W -f '${Package} ${Version}\n' > "$1/packages"`,
+		"--customize-hook=download /packages '"+list+"'", `--customize-hook=rm "$1/packages"`)
+	for _, h := range hooks() {
+		args = append(args, "--customize-hook="+h)
+	}
+	return append(args, src.suite, archive, "-")
 }
 
 func readPackages(file string) ([]pkg, error) {
