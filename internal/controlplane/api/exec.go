@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"encoding/base64"
+	"errors"
 	"net/http"
 	"strconv"
 	"time"
@@ -66,26 +67,36 @@ func (s *Server) ExecSandbox(ctx context.Context, req gen.ExecSandboxRequestObje
 	if err := checkEnv(b.Env); err != nil {
 		return nil, err
 	}
-	g, err := s.guest(ctx, req.ID)
-	if err != nil {
-		return nil, err
-	}
 	c := command{
 		cmd: b.Cmd, args: or(b.Args, nil), shell: or(b.Shell, false), env: b.Env, cwd: b.Cwd, user: b.User,
 		timeout: time.Duration(or(b.TimeoutSec, 0)) * time.Second, stdin: b.Stdin != nil,
 	}
-	run := &run{client: s.Agents.Process(g.target, g.id), input: []byte(or(b.Stdin, "")), start: time.Now()}
-	if or(b.Background, false) {
-		pid, err := run.background(ctx, c)
+	for try := 1; ; try++ {
+		g, err := s.guest(ctx, req.ID)
+		if err != nil {
+			return nil, err
+		}
+		run := &run{client: s.Agents.Process(g.target, g.id), input: []byte(or(b.Stdin, "")), start: time.Now()}
+		res, err := run.answer(ctx, c, or(b.Background, false))
+		if !errors.Is(err, errPaused) || try == maxRefusals {
+			return res, err
+		}
+	}
+}
+
+// answer runs the command, or starts it in the background.
+func (r *run) answer(ctx context.Context, c command, background bool) (gen.ExecSandboxResponseObject, error) {
+	if background {
+		pid, err := r.background(ctx, c)
 		if err != nil {
 			return nil, err
 		}
 		return gen.ExecSandbox202JSONResponse{Pid: pid}, nil
 	}
-	if err := run.wait(ctx, c); err != nil {
+	if err := r.wait(ctx, c); err != nil {
 		return nil, err
 	}
-	return gen.ExecSandbox200JSONResponse(run.result()), nil
+	return gen.ExecSandbox200JSONResponse(r.result()), nil
 }
 
 // run is one command whose output is collected.

@@ -76,6 +76,12 @@ var guestKinds = map[connect.Code]wrenn.Kind{
 	connect.CodeUnimplemented:      wrenn.KindNotImplemented,
 }
 
+// errPaused tells that a host refused a request into a sandbox which does not run any more: nothing of it was done.
+var errPaused = errors.New("paused meanwhile")
+
+// maxRefusals is how often one request is tried again because its sandbox was paused on its way there.
+const maxRefusals = 3
+
 const maxGuestMessage = 512
 
 // guestError turns a failure of a call into a guest into ours. The guest is the caller's own, so its words may
@@ -84,6 +90,9 @@ func guestError(err error) error {
 	var ce *connect.Error
 	if !errors.As(err, &ce) || ce.Meta().Get(rpc.KindHeader) != "" || !connect.IsWireError(err) {
 		own := rpc.FromConnect(err)
+		if pub := wrenn.Public(own); pub.Kind == wrenn.KindInvalidState {
+			return wrenn.Wrap(errors.Join(errPaused, err), pub.Kind, "%s", pub.Message)
+		}
 		if wrenn.KindOf(own) == wrenn.KindNotFound {
 			return wrenn.Wrap(err, wrenn.KindAgentError, "the host does not have this sandbox; its state is as last known")
 		}

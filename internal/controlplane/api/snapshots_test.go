@@ -425,6 +425,29 @@ func TestAutoResume(t *testing.T) {
 	}
 }
 
+// A command whose sandbox is paused while it is on its way there runs all the same, once.
+func TestPausedOnTheWay(t *testing.T) {
+	t.Parallel()
+	p := planetest.New(t, planetest.Options{})
+	h := p.AddHost()
+	u := p.NewUser()
+	sb, still := create(t, u, map[string]any{"auto_resume": true}), create(t, u, nil)
+	var once sync.Map
+	h.OnGuest(func(id string) {
+		if _, again := once.LoadOrStore(id, true); !again {
+			if a, err := p.Try(context.Background(), "POST", "/v1/sandboxes/"+id+"/pause", nil, u.Header()); err != nil || a.Status != 200 {
+				t.Errorf("pause: %v %s", err, a.Body)
+			}
+		}
+	})
+	var res struct{ Stdout string }
+	u.Do("POST", "/v1/sandboxes/"+sb.ID+"/exec", map[string]any{"cmd": "echo", "args": []string{"hi"}}).Want(t, 200, &res)
+	if res.Stdout != "hi\n" || h.Resumes() != 1 {
+		t.Errorf("%q, resumed %d times", res.Stdout, h.Resumes())
+	}
+	u.Do("POST", "/v1/sandboxes/"+still.ID+"/exec", map[string]any{"cmd": "true"}).WantError(t, 409, "invalid_state")
+}
+
 // A paused sandbox leaves its vCPUs and memory to others; a resume that finds no room tells what is missing
 // and changes nothing. Two that compete for the last room: one gets it.
 func TestPausedTakesNoRoom(t *testing.T) {

@@ -205,6 +205,10 @@ func (s *Server) startStream(w http.ResponseWriter, r *http.Request, build func(
 		if err != nil {
 			return err
 		}
+		// The client took its time: meanwhile the sandbox may have been paused.
+		if g, err = s.guest(k.ctx, g.id); err != nil {
+			return err
+		}
 		client := s.Agents.Process(g.target, g.id)
 		stream, err := client.Start(k.ctx, c.request())
 		if err != nil {

@@ -426,13 +426,21 @@ func (h *Host) ListSandboxes(context.Context, *connect.Request[agentv1.ListSandb
 
 func (h *Host) toGuest(w http.ResponseWriter, r *http.Request) {
 	id := r.PathValue("id")
-	if !h.Has(id) {
+	_ = call(h, func(m *moments) func(string) error { return m.onGuest }, id)
+	var err *wrenn.Error
+	switch state := h.State(id); {
+	case !h.Has(id):
+		err = wrenn.Errorf(wrenn.KindNotFound, "no such sandbox")
+	case state == agentv1.SandboxState_SANDBOX_STATE_PAUSED:
+		err = wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is paused, not running")
+	}
+	if err != nil {
 		if ew := connect.NewErrorWriter(); ew.IsSupported(r) {
-			_ = ew.Write(w, r, rpc.ToConnect(wrenn.Errorf(wrenn.KindNotFound, "no such sandbox")))
+			_ = ew.Write(w, r, rpc.ToConnect(err))
 			return
 		}
-		w.Header().Set(rpc.KindHeader, string(wrenn.KindNotFound))
-		w.WriteHeader(http.StatusNotFound)
+		w.Header().Set(rpc.KindHeader, string(err.Kind))
+		w.WriteHeader(rpc.HTTPStatus(err.Kind))
 		return
 	}
 	http.StripPrefix("/sandboxes/"+id+"/envd", h.guest).ServeHTTP(w, r)

@@ -25,6 +25,7 @@ type moments struct {
 	onSave   func(id string) error
 	onResume func(id string) error
 	onFork   func(*agentv1.ForkSandboxRequest) error
+	onGuest  func(id string) error
 }
 
 // HostNeeds is what saved memory of a host needs, as its heartbeats say that it has.
@@ -51,6 +52,13 @@ func (h *Host) OnFork(fn func(*agentv1.ForkSandboxRequest) error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.moments.onFork = fn
+}
+
+// OnGuest is called when a request into a sandbox has reached the host, before it is looked whether it runs.
+func (h *Host) OnGuest(fn func(id string)) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.moments.onGuest = func(id string) error { fn(id); return nil }
 }
 
 // Resumes is how often sandboxes were resumed.
