@@ -89,10 +89,10 @@ func (s *Sandboxes) adoptChanging(ctx context.Context, sb *sandbox) error {
 		if err := s.teardown(ctx, sb); err != nil {
 			return err
 		}
-		return s.transition(sb, func(r *record) { r.toPaused(true) })
+		return s.transition(sb, func(r *record) { r.toPaused(sb.machine(), true) })
 	}
 	if sb.rec.VM == nil { // a resume that had not come to starting the VM, of a machine without memory
-		return s.transition(sb, func(r *record) { r.toPaused(false) })
+		return s.transition(sb, func(r *record) { r.toPaused(sb.machine(), false) })
 	}
 	if err := s.adoptRunning(ctx, sb); err != nil || sb.snapshot().State == wrenn.SandboxPaused {
 		return err

@@ -239,7 +239,7 @@ func (s *Sandboxes) rollback(ctx context.Context, sb *sandbox, mo *moment, req *
 	var u undo.Stack
 	defer u.Run(&err)
 	u.Push(func() error {
-		return errors.Join(s.finishSwap(sb), s.transition(sb, func(r *record) { r.toPaused(sb.machine().atRest()) }))
+		return errors.Join(s.finishSwap(sb), s.transition(sb, func(r *record) { r.toPaused(sb.machine(), sb.machine().atRest()) }))
 	})
 	if err := s.teardown(ctx, sb); err != nil {
 		return err

@@ -21,6 +21,7 @@ type heartbeat struct {
 	Driver         string            `json:"driver"`
 	Acceleration   string            `json:"acceleration"`
 	CPUModel       string            `json:"cpu_model"`
+	Hypervisors    []needs           `json:"hypervisors"` // what saved memory can be resumed by
 	Templates      []templateReport  `json:"templates"`
 	StateRevision  uint64            `json:"state_revision"`
 	Running        int               `json:"running"`
@@ -122,11 +123,15 @@ func (s *Sandboxes) heartbeat(limit int) (*heartbeat, error) {
 		}
 	}
 	caps := s.driver.Capabilities()
+	hypervisors := []needs{needsOf(caps)}
+	for _, other := range caps.Others {
+		hypervisors = append(hypervisors, needsOf(other))
+	}
 	return &heartbeat{
 		Specs: size, Capacity: capacity{MemoryMB: max(0, size.MemoryMB-hostMemoryReserve), DiskMB: totalDisk >> 20},
 		FreeMemoryMB: freeMemory, FreeDiskMB: freeDisk >> 20, Load1: load1(),
 		Versions: map[string]string{"agent": version.Version, "vmm": caps.Version, "kernel": kernelRelease()},
-		Driver:   caps.Driver, Acceleration: caps.Acceleration, CPUModel: caps.CPUModel,
+		Driver:   caps.Driver, Acceleration: caps.Acceleration, CPUModel: caps.CPUModel, Hypervisors: hypervisors,
 		Templates: templates, StateRevision: revision, Running: running, SandboxesLimit: limit,
 	}, nil
 }

@@ -209,7 +209,7 @@ func (s *Sandboxes) ended(sb *sandbox, gone chan struct{}) {
 func (s *Sandboxes) lost(sb *sandbox) error {
 	s.log.Warn("the virtual machine of a sandbox ended by itself", "sandbox", sb.id)
 	return s.transition(sb, func(r *record) {
-		r.toPaused(false)
+		r.toPaused(sb.machine(), false)
 		r.Reason = "its virtual machine ended by itself (powered off, or its host restarted); the disk is kept"
 	})
 }

@@ -44,12 +44,8 @@ const manifestVersion = 1
 
 // manifest says what a machine at rest is and what can run it.
 type manifest struct {
-	Version    int       `json:"version"`
-	Driver     string    `json:"driver"`
-	VMMVersion string    `json:"vmm_version"`
-	Accel      string    `json:"acceleration"`
-	Arch       string    `json:"arch"`
-	CPUModel   string    `json:"cpu_model"`
+	Version int `json:"version"`
+	needs
 	VCPUs      int       `json:"vcpus"`
 	MemoryMB   int       `json:"memory_mb"`
 	DiskBytes  int64     `json:"disk_bytes"`
@@ -57,6 +53,19 @@ type manifest struct {
 	SavedAt    time.Time `json:"saved_at"`
 	// Token is the access token that the guest agent in the saved memory knows; empty for a template.
 	Token string `json:"token,omitempty"`
+}
+
+// needs is what saved memory was made by; it runs only where all of it is the same.
+type needs struct {
+	Driver     string `json:"driver"`
+	VMMVersion string `json:"vmm_version"`
+	Accel      string `json:"acceleration"`
+	Arch       string `json:"arch"`
+	CPUModel   string `json:"cpu_model"`
+}
+
+func needsOf(caps vm.Capabilities) needs {
+	return needs{Driver: caps.Driver, VMMVersion: caps.Version, Accel: caps.Acceleration, Arch: caps.Arch, CPUModel: caps.CPUModel}
 }
 
 // rest takes a frozen VM's moment into m. The VM's disk must be in m already, in use or as a clone; its
@@ -75,8 +84,7 @@ func (m machine) rest(ctx context.Context, driver vm.Driver, handle vm.Handle, v
 	}
 	caps := driver.Capabilities().Of(handle)
 	raw, err := json.MarshalIndent(manifest{
-		Version: manifestVersion, Driver: caps.Driver, VMMVersion: caps.Version, Accel: caps.Acceleration, Arch: caps.Arch,
-		CPUModel: caps.CPUModel, VCPUs: vcpus, MemoryMB: handle.MemoryMB, DiskBytes: disk.Size(), StateBytes: state.Size(),
+		Version: manifestVersion, needs: needsOf(caps), VCPUs: vcpus, MemoryMB: handle.MemoryMB, DiskBytes: disk.Size(), StateBytes: state.Size(),
 		SavedAt: time.Now().UTC(), Token: token,
 	}, "", "  ")
 	if err != nil {
@@ -128,11 +136,12 @@ func (man *manifest) fits(caps vm.Capabilities) error {
 	return nil
 }
 
-// needs is what the control plane places by.
-func (man *manifest) needs() *agentv1.Needs {
-	return &agentv1.Needs{
-		Driver: man.Driver, VmmVersion: man.VMMVersion, Acceleration: man.Accel, Arch: man.Arch, CpuModel: man.CPUModel,
+// report is what the control plane places by; nil for none.
+func (n *needs) report() *agentv1.Needs {
+	if n == nil {
+		return nil
 	}
+	return &agentv1.Needs{Driver: n.Driver, VmmVersion: n.VMMVersion, Acceleration: n.Accel, Arch: n.Arch, CpuModel: n.CPUModel}
 }
 
 // wake removes what makes m a moment, as its VM is about to change it.

@@ -128,7 +128,7 @@ func (mo *moment) describe() *agentv1.Checkpoint {
 		Vcpus: uint32(mo.VCPUs), MemoryMb: uint64(mo.MemoryMB), DiskMb: uint64(mo.DiskMB), User: mo.User,
 	}
 	if man, err := mo.machine().load(); err == nil {
-		c.Needs = man.needs()
+		c.Needs = man.report()
 	}
 	return c
 }

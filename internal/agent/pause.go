@@ -90,7 +90,7 @@ func (s *Sandboxes) pause(ctx context.Context, sb *sandbox, req *agentv1.PauseSa
 			return err
 		}
 	}
-	return s.transition(sb, func(r *record) { r.toPaused(!req.DiskOnly) })
+	return s.transition(sb, func(r *record) { r.toPaused(sb.machine(), !req.DiskOnly) })
 }
 
 // settlePause ends a pause whose VM is gone but whose last record could not be written.
@@ -101,7 +101,7 @@ func (s *Sandboxes) settlePause(ctx context.Context, sb *sandbox) error {
 	if err := s.teardown(ctx, sb); err != nil {
 		return err
 	}
-	return s.transition(sb, func(r *record) { r.toPaused(sb.machine().atRest()) })
+	return s.transition(sb, func(r *record) { r.toPaused(sb.machine(), sb.machine().atRest()) })
 }
 
 // saveMemory brings the machine to rest: frozen, its device state and manifest beside its memory and disk.
@@ -165,7 +165,7 @@ func (s *Sandboxes) resume(ctx context.Context, sb *sandbox, opID string) (err e
 	var u undo.Stack
 	defer u.Run(&err)
 	u.Push(func() error {
-		return s.transition(sb, func(r *record) { r.toPaused(sb.machine().atRest()) })
+		return s.transition(sb, func(r *record) { r.toPaused(sb.machine(), sb.machine().atRest()) })
 	})
 	if err := s.launch(ctx, sb, sb.machine(), &u); err != nil {
 		return err

@@ -50,6 +50,8 @@ type record struct {
 	VM   *vm.Handle `json:"vm,omitempty"`
 	// HasMemory says that the machine is at rest with its memory, so that it can be resumed, not only booted.
 	HasMemory bool `json:"has_memory,omitempty"`
+	// Needs says, while it is paused with its memory, what can resume it.
+	Needs *needs `json:"needs,omitempty"`
 }
 
 // Names in a sandbox's directory, beside its machine.
@@ -66,9 +68,12 @@ func (r *record) toRunning() {
 	}
 }
 
-// toPaused is the record of a sandbox whose VM is gone.
-func (r *record) toPaused(hasMemory bool) {
-	r.State, r.VM, r.Slot, r.HasMemory, r.Reason = wrenn.SandboxPaused, nil, -1, hasMemory, ""
+// toPaused is the record of a sandbox whose VM is gone, and whose machine is at rest in m.
+func (r *record) toPaused(m machine, hasMemory bool) {
+	r.State, r.VM, r.Slot, r.HasMemory, r.Reason, r.Needs = wrenn.SandboxPaused, nil, -1, hasMemory, "", nil
+	if man, err := m.load(); err == nil && hasMemory {
+		r.Needs = &man.needs
+	}
 }
 
 // save replaces the record in dir, atomically and durably.

@@ -152,11 +152,15 @@ func (sb *sandbox) report() *agentv1.Sandbox {
 	if r.LastActiveAt.After(last) {
 		last = r.LastActiveAt
 	}
+	var needs *needs
+	if r.State == wrenn.SandboxPaused {
+		needs = r.Needs
+	}
 	return &agentv1.Sandbox{
 		Id: r.ID, State: protoState[r.State], Revision: r.Revision, OperationId: r.OperationID, Reason: r.Reason,
 		Template: r.Template, Vcpus: uint32(r.VCPUs), MemoryMb: uint64(r.MemoryMB), DiskMb: uint64(r.DiskMB),
 		CreatedAt: timestamp(r.CreatedAt), StartedAt: timestamp(r.StartedAt), LastActiveAt: timestamp(last),
-		Active: open, HasMemory: r.HasMemory, AccessToken: r.AccessToken, Cold: r.Cold,
+		Active: open, HasMemory: r.HasMemory, AccessToken: r.AccessToken, Cold: r.Cold, Needs: needs.report(),
 	}
 }
 

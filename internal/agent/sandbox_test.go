@@ -222,7 +222,7 @@ func TestConfigSaysWhichVariableIsWrong(t *testing.T) {
 func TestManifestSaysWhatDoesNotFit(t *testing.T) {
 	t.Parallel()
 	caps := vm.Capabilities{Driver: "qemu", Version: "7.2.22", Acceleration: "tcg", Arch: "amd64", CPUModel: "tcg-max"}
-	man := manifest{Driver: "qemu", VMMVersion: "7.2.22", Accel: "tcg", Arch: "amd64", CPUModel: "tcg-max"}
+	man := manifest{needs: needsOf(caps)}
 	if err := man.fits(caps); err != nil {
 		t.Error(err)
 	}

@@ -93,7 +93,7 @@ func given[T comparable](v T) *T {
 
 func report(b *gen.HeartbeatRequest) fleet.Report {
 	v := db.HeartbeatParams{
-		Draining: b.Draining, Driver: b.Driver, Acceleration: b.Acceleration, CPUModel: b.CPUModel, FreeMemoryMB: b.FreeMemoryMb, FreeDiskMB: b.FreeDiskMb,
+		Draining: b.Draining, Driver: b.Driver, Acceleration: b.Acceleration, CPUModel: b.CPUModel, Hypervisors: hypervisors(b.Hypervisors), FreeMemoryMB: b.FreeMemoryMb, FreeDiskMB: b.FreeDiskMb,
 		Load1: b.Load1, Running: b.Running, SandboxesLimit: b.SandboxesLimit, StateRevision: b.StateRevision,
 	}
 	if b.Versions != nil {
@@ -212,4 +212,16 @@ func hostJSON(h db.Host) gen.Host {
 		FreeMemoryMb: h.FreeMemoryMB, FreeDiskMb: h.FreeDiskMB, Load1: h.Load1, LastHeartbeatAt: utc(h.LastHeartbeatAt),
 		CreatedBy: h.CreatedBy, CreatedAt: h.CreatedAt.UTC(), UpdatedAt: h.UpdatedAt.UTC(),
 	}
+}
+
+// hypervisors is what a heartbeat says of them, as the fleet reads it; nil if it says nothing.
+func hypervisors(list *[]gen.Hypervisor) json.RawMessage {
+	if list == nil {
+		return nil
+	}
+	raw, err := json.Marshal(*list)
+	if err != nil {
+		return nil
+	}
+	return raw
 }

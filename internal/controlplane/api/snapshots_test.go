@@ -518,6 +518,13 @@ func TestChangesAreSettled(t *testing.T) {
 	for _, sb := range []sandbox{done, undone} {
 		planetest.Eventually(t, "it is paused, as the host says", func() bool { return get(t, u, sb.ID).Status == "paused" })
 	}
+	// Its host has another hypervisor now; and then the former one too.
+	h.Heartbeat(map[string]any{"hypervisors": []map[string]string{{"driver": "firecracker", "vmm_version": "1.9"}}})
+	if a := u.Do("POST", "/v1/sandboxes/"+done.ID+"/resume", nil).WantError(t, 503, "no_capacity"); !strings.Contains(string(a.Body), "hypervisor qemu, not firecracker") {
+		t.Errorf("on another hypervisor: %s", a.Body)
+	}
+	h.Heartbeat(map[string]any{"hypervisors": []map[string]string{{"driver": "firecracker", "vmm_version": "1.9"}, {"driver": "qemu", "vmm_version": "1", "cpu_model": "test"}}})
+	u.Do("POST", "/v1/sandboxes/"+done.ID+"/resume", nil).Want(t, 200, nil)
 	h.OnPause(func(string) error { return wrenn.Errorf(wrenn.KindDiskFull, "the host's disk is full") })
 	u.Do("POST", "/v1/sandboxes/"+failed.ID+"/pause", nil).WantError(t, 507, "disk_full")
 	if got := get(t, u, failed.ID); got.Status != "running" {

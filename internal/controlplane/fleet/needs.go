@@ -17,9 +17,22 @@ type Needs struct {
 	CPUModel     string `json:"cpu_model,omitempty"`
 }
 
-// lacks says what a host that has `has` lacks, "" if nothing. What a host did not report is not held
-// against it: its agent looks again.
-func (n Needs) lacks(has Needs) string {
+// lacks says what a host lacks, "" if nothing: one of what it has must be all that is needed. What a host
+// did not report is not held against it: its agent looks again.
+func (n Needs) lacks(has []Needs) (why string) {
+	for i, one := range has {
+		this := n.differs(one)
+		if this == "" {
+			return ""
+		}
+		if i == 0 || one.Driver == n.Driver {
+			why = this
+		}
+	}
+	return why
+}
+
+func (n Needs) differs(has Needs) string {
 	for _, p := range []struct{ what, need, have string }{
 		{"hypervisor", n.Driver, has.Driver}, {n.Driver + " version", n.VMMVersion, has.VMMVersion}, {"acceleration", n.Acceleration, has.Acceleration},
 		{"architecture", n.Arch, has.Arch}, {"CPU", n.CPUModel, has.CPUModel},
@@ -32,12 +45,16 @@ func (n Needs) lacks(has Needs) string {
 }
 
 // hostHas is what a host offers to saved memory.
-func hostHas(h db.Host) Needs {
+func hostHas(h db.Host) []Needs {
+	var all []Needs
+	if json.Unmarshal(h.Hypervisors, &all) == nil && len(all) > 0 {
+		return all
+	}
 	versions := map[string]string{}
 	_ = json.Unmarshal(h.Versions, &versions) // written from a map of strings
-	return Needs{
+	return []Needs{{                          // an older agent
 		Driver: deref(h.Driver), VMMVersion: versions["vmm"], Acceleration: deref(h.Acceleration), Arch: deref(h.Arch), CPUModel: deref(h.CPUModel),
-	}
+	}}
 }
 
 // needsOf turns what an agent says into a row's JSON; nil if there is no memory.

@@ -30,7 +30,7 @@ type Candidate struct {
 	Own         bool // a byoc host of the team that asks
 	Draining    bool
 	HasTemplate bool // or the saved moment that is asked for
-	Has         Needs
+	Has         []Needs
 	Capacity    Resources // what sandboxes may take in all
 	Reserved    Resources // what they have taken
 	Sandboxes   int64     // those that are not paused

@@ -88,7 +88,7 @@ func TestPlaceSpreads(t *testing.T) {
 func TestPlaceTellsWhy(t *testing.T) {
 	t.Parallel()
 	needs := Needs{Driver: "qemu", VMMVersion: "7.2", CPUModel: "a"}
-	room := Candidate{ID: "a", HasTemplate: true, FreeMemoryMB: -1, FreeDiskMB: -1, Capacity: Resources{4, 400, 4}, Has: needs}
+	room := Candidate{ID: "a", HasTemplate: true, FreeMemoryMB: -1, FreeDiskMB: -1, Capacity: Resources{4, 400, 4}, Has: []Needs{needs}}
 	with := func(change func(*Candidate)) Candidate { c := room; change(&c); return c }
 	full := with(func(c *Candidate) { c.FreeDiskMB = 17 })
 	for name, tc := range map[string]struct {
@@ -128,8 +128,26 @@ func TestPlaceTellsWhy(t *testing.T) {
 			t.Errorf("%s: %v", name, refusal)
 		}
 	}
-	if id, refusal := Place(Request{Resources: Resources{1, 1, 1}, Saved: true, Needs: needs}, []Candidate{with(func(c *Candidate) { c.Has = Needs{} })}); id == "" {
+	if id, refusal := Place(Request{Resources: Resources{1, 1, 1}, Saved: true, Needs: needs}, []Candidate{with(func(c *Candidate) { c.Has = nil })}); id == "" {
 		t.Errorf("a host that did not say what it has: %v", refusal)
+	}
+}
+
+// A host with several hypervisors runs what either of them saved, and says of the one that comes closest
+// what differs.
+func TestNeedsOfSeveralHypervisors(t *testing.T) {
+	t.Parallel()
+	has := []Needs{{Driver: "firecracker", VMMVersion: "1.9"}, {Driver: "qemu", VMMVersion: "7.2"}}
+	for _, n := range append(has, Needs{}) {
+		if why := n.lacks(has); why != "" {
+			t.Errorf("%+v: %s", n, why)
+		}
+	}
+	if why := (Needs{Driver: "qemu", VMMVersion: "8"}).lacks(has); why != "saved memory needs qemu version 8, not 7.2" {
+		t.Error(why)
+	}
+	if why := (Needs{Driver: "other"}).lacks(has); why == "" {
+		t.Error("an unknown hypervisor fits")
 	}
 }
 

@@ -654,12 +654,15 @@ type HeartbeatRequest struct {
 	CPUModel    *string          `json:"cpu_model,omitempty"`
 
 	// CsrPem PKCS #10 request for a certificate that replaces the present one; sent after `renew_certificate`
-	CsrPem       *string  `json:"csr_pem,omitempty"`
-	Draining     *bool    `json:"draining,omitempty"`
-	Driver       *string  `json:"driver,omitempty"`
-	FreeDiskMb   *int64   `json:"free_disk_mb,omitempty"`
-	FreeMemoryMb *int64   `json:"free_memory_mb,omitempty"`
-	Load1        *float64 `json:"load1,omitempty"`
+	CsrPem       *string `json:"csr_pem,omitempty"`
+	Draining     *bool   `json:"draining,omitempty"`
+	Driver       *string `json:"driver,omitempty"`
+	FreeDiskMb   *int64  `json:"free_disk_mb,omitempty"`
+	FreeMemoryMb *int64  `json:"free_memory_mb,omitempty"`
+
+	// Hypervisors What saved memory can be resumed by
+	Hypervisors *[]Hypervisor `json:"hypervisors,omitempty"`
+	Load1       *float64      `json:"load1,omitempty"`
 
 	// Running Sandboxes that run
 	Running *int32 `json:"running,omitempty"`
@@ -779,6 +782,15 @@ type HostWithToken struct {
 
 	// RegistrationToken 64 hex digits; shown only here
 	RegistrationToken string `json:"registration_token"`
+}
+
+// Hypervisor defines model for Hypervisor.
+type Hypervisor struct {
+	Acceleration *string `json:"acceleration,omitempty"`
+	Arch         *string `json:"arch,omitempty"`
+	CPUModel     *string `json:"cpu_model,omitempty"`
+	Driver       string  `json:"driver"`
+	VmmVersion   *string `json:"vmm_version,omitempty"`
 }
 
 // LoginRequest defines model for LoginRequest.

@@ -643,12 +643,15 @@ type HeartbeatRequest struct {
 	CPUModel    string          `json:"cpu_model,omitempty,omitzero"`
 
 	// CsrPem PKCS #10 request for a certificate that replaces the present one; sent after `renew_certificate`
-	CsrPem       string  `json:"csr_pem,omitempty,omitzero"`
-	Draining     bool    `json:"draining,omitempty,omitzero"`
-	Driver       string  `json:"driver,omitempty,omitzero"`
-	FreeDiskMB   int64   `json:"free_disk_mb,omitempty,omitzero"`
-	FreeMemoryMB int64   `json:"free_memory_mb,omitempty,omitzero"`
-	Load1        float64 `json:"load1,omitempty,omitzero"`
+	CsrPem       string `json:"csr_pem,omitempty,omitzero"`
+	Draining     bool   `json:"draining,omitempty,omitzero"`
+	Driver       string `json:"driver,omitempty,omitzero"`
+	FreeDiskMB   int64  `json:"free_disk_mb,omitempty,omitzero"`
+	FreeMemoryMB int64  `json:"free_memory_mb,omitempty,omitzero"`
+
+	// Hypervisors What saved memory can be resumed by
+	Hypervisors []Hypervisor `json:"hypervisors,omitempty,omitzero"`
+	Load1       float64      `json:"load1,omitempty,omitzero"`
 
 	// Running Sandboxes that run
 	Running int32 `json:"running,omitempty,omitzero"`
@@ -768,6 +771,15 @@ type HostWithToken struct {
 
 	// RegistrationToken 64 hex digits; shown only here
 	RegistrationToken string `json:"registration_token"`
+}
+
+// Hypervisor defines model for Hypervisor.
+type Hypervisor struct {
+	Acceleration string `json:"acceleration,omitempty,omitzero"`
+	Arch         string `json:"arch,omitempty,omitzero"`
+	CPUModel     string `json:"cpu_model,omitempty,omitzero"`
+	Driver       string `json:"driver"`
+	VmmVersion   string `json:"vmm_version,omitempty,omitzero"`
 }
 
 // LoginRequest defines model for LoginRequest.

@@ -76,7 +76,7 @@ func (q *Queries) DropHostTemplates(ctx context.Context, arg DropHostTemplatesPa
 }
 
 const getHost = `-- name: GetHost :one
-SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint, moments_compared_at FROM hosts
+SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint, moments_compared_at, hypervisors FROM hosts
 WHERE id = $1 AND deleted_at IS NULL AND ($2::text IS NULL OR team_id = $2)
 `
 
@@ -125,6 +125,7 @@ func (q *Queries) GetHost(ctx context.Context, arg GetHostParams) (Host, error) 
 		&i.MTLSEnabled,
 		&i.NextCertFingerprint,
 		&i.MomentsComparedAt,
+		&i.Hypervisors,
 	)
 	return i, err
 }
@@ -142,18 +143,19 @@ UPDATE hosts SET
     driver = coalesce($8, driver),
     acceleration = coalesce($9, acceleration),
     cpu_model = coalesce($10, cpu_model),
-    capacity_vcpus = coalesce($11, capacity_vcpus),
-    capacity_memory_mb = coalesce($12, capacity_memory_mb),
-    capacity_disk_mb = coalesce($13, capacity_disk_mb),
-    free_memory_mb = coalesce($14, free_memory_mb),
-    free_disk_mb = coalesce($15, free_disk_mb),
-    load1 = coalesce($16, load1),
-    running = coalesce($17, running),
-    sandboxes_limit = coalesce($18, sandboxes_limit),
-    state_revision = coalesce($19, state_revision),
-    cert_fingerprint = CASE WHEN next_cert_fingerprint = $20 THEN next_cert_fingerprint ELSE cert_fingerprint END,
-    next_cert_fingerprint = CASE WHEN next_cert_fingerprint = $20 THEN NULL ELSE next_cert_fingerprint END
-WHERE id = $21 AND deleted_at IS NULL AND status <> 'pending'
+    hypervisors = coalesce($11, hypervisors),
+    capacity_vcpus = coalesce($12, capacity_vcpus),
+    capacity_memory_mb = coalesce($13, capacity_memory_mb),
+    capacity_disk_mb = coalesce($14, capacity_disk_mb),
+    free_memory_mb = coalesce($15, free_memory_mb),
+    free_disk_mb = coalesce($16, free_disk_mb),
+    load1 = coalesce($17, load1),
+    running = coalesce($18, running),
+    sandboxes_limit = coalesce($19, sandboxes_limit),
+    state_revision = coalesce($20, state_revision),
+    cert_fingerprint = CASE WHEN next_cert_fingerprint = $21 THEN next_cert_fingerprint ELSE cert_fingerprint END,
+    next_cert_fingerprint = CASE WHEN next_cert_fingerprint = $21 THEN NULL ELSE next_cert_fingerprint END
+WHERE id = $22 AND deleted_at IS NULL AND status <> 'pending'
 RETURNING id, type, team_id, mtls_enabled
 `
 
@@ -168,6 +170,7 @@ type HeartbeatParams struct {
 	Driver           *string
 	Acceleration     *string
 	CPUModel         *string
+	Hypervisors      json.RawMessage
 	CapacityVCPUs    *int32
 	CapacityMemoryMB *int64
 	CapacityDiskMB   *int64
@@ -200,6 +203,7 @@ func (q *Queries) Heartbeat(ctx context.Context, arg HeartbeatParams) (Heartbeat
 		arg.Driver,
 		arg.Acceleration,
 		arg.CPUModel,
+		arg.Hypervisors,
 		arg.CapacityVCPUs,
 		arg.CapacityMemoryMB,
 		arg.CapacityDiskMB,
@@ -357,7 +361,7 @@ const insertHost = `-- name: InsertHost :one
 
 INSERT INTO hosts (id, type, team_id, provider, availability_zone, created_by)
 VALUES ($1, $2, $3, $4, $5, $6)
-RETURNING id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint, moments_compared_at
+RETURNING id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint, moments_compared_at, hypervisors
 `
 
 type InsertHostParams struct {
@@ -417,6 +421,7 @@ func (q *Queries) InsertHost(ctx context.Context, arg InsertHostParams) (Host, e
 		&i.MTLSEnabled,
 		&i.NextCertFingerprint,
 		&i.MomentsComparedAt,
+		&i.Hypervisors,
 	)
 	return i, err
 }
@@ -446,7 +451,7 @@ func (q *Queries) InsertHostToken(ctx context.Context, arg InsertHostTokenParams
 }
 
 const listHosts = `-- name: ListHosts :many
-SELECT h.id, h.type, h.team_id, h.provider, h.availability_zone, h.arch, h.cpu_cores, h.memory_mb, h.disk_gb, h.address, h.status, h.last_heartbeat_at, h.created_by, h.created_at, h.updated_at, h.deleted_at, h.draining, h.versions, h.driver, h.acceleration, h.cpu_model, h.capacity_vcpus, h.capacity_memory_mb, h.capacity_disk_mb, h.free_memory_mb, h.free_disk_mb, h.load1, h.running, h.sandboxes_limit, h.state_revision, h.applied_revision, h.reconciled_at, h.cert_fingerprint, h.mtls_enabled, h.next_cert_fingerprint, h.moments_compared_at, (SELECT count(*) FROM sandboxes s WHERE s.host_id = h.id AND s.deleted_at IS NULL) AS sandboxes
+SELECT h.id, h.type, h.team_id, h.provider, h.availability_zone, h.arch, h.cpu_cores, h.memory_mb, h.disk_gb, h.address, h.status, h.last_heartbeat_at, h.created_by, h.created_at, h.updated_at, h.deleted_at, h.draining, h.versions, h.driver, h.acceleration, h.cpu_model, h.capacity_vcpus, h.capacity_memory_mb, h.capacity_disk_mb, h.free_memory_mb, h.free_disk_mb, h.load1, h.running, h.sandboxes_limit, h.state_revision, h.applied_revision, h.reconciled_at, h.cert_fingerprint, h.mtls_enabled, h.next_cert_fingerprint, h.moments_compared_at, h.hypervisors, (SELECT count(*) FROM sandboxes s WHERE s.host_id = h.id AND s.deleted_at IS NULL) AS sandboxes
 FROM hosts h
 WHERE h.deleted_at IS NULL
   AND ($1::text IS NULL OR h.team_id = $1)
@@ -527,6 +532,7 @@ func (q *Queries) ListHosts(ctx context.Context, arg ListHostsParams) ([]ListHos
 			&i.Host.MTLSEnabled,
 			&i.Host.NextCertFingerprint,
 			&i.Host.MomentsComparedAt,
+			&i.Host.Hypervisors,
 			&i.Sandboxes,
 		); err != nil {
 			return nil, err
@@ -540,7 +546,7 @@ func (q *Queries) ListHosts(ctx context.Context, arg ListHostsParams) ([]ListHos
 }
 
 const lockHost = `-- name: LockHost :one
-SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint, moments_compared_at FROM hosts
+SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint, moments_compared_at, hypervisors FROM hosts
 WHERE id = $1 AND deleted_at IS NULL AND ($2::text IS NULL OR team_id = $2)
 FOR NO KEY UPDATE
 `
@@ -590,6 +596,7 @@ func (q *Queries) LockHost(ctx context.Context, arg LockHostParams) (Host, error
 		&i.MTLSEnabled,
 		&i.NextCertFingerprint,
 		&i.MomentsComparedAt,
+		&i.Hypervisors,
 	)
 	return i, err
 }
@@ -689,7 +696,7 @@ UPDATE hosts SET
     status = 'online', arch = $1, cpu_cores = $2, memory_mb = $3, disk_gb = $4, address = $5,
     cert_fingerprint = $6, mtls_enabled = $7, last_heartbeat_at = now(), updated_at = now()
 WHERE id = $8 AND status = 'pending' AND deleted_at IS NULL
-RETURNING id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint, moments_compared_at
+RETURNING id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint, moments_compared_at, hypervisors
 `
 
 type RegisterHostParams struct {
@@ -752,6 +759,7 @@ func (q *Queries) RegisterHost(ctx context.Context, arg RegisterHostParams) (Hos
 		&i.MTLSEnabled,
 		&i.NextCertFingerprint,
 		&i.MomentsComparedAt,
+		&i.Hypervisors,
 	)
 	return i, err
 }
@@ -826,7 +834,7 @@ func (q *Queries) SupersedeHostTokens(ctx context.Context, hostID string) ([][]b
 }
 
 const systemHost = `-- name: SystemHost :one
-SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint, moments_compared_at FROM hosts WHERE created_by = 'system' AND deleted_at IS NULL ORDER BY created_at LIMIT 1
+SELECT id, type, team_id, provider, availability_zone, arch, cpu_cores, memory_mb, disk_gb, address, status, last_heartbeat_at, created_by, created_at, updated_at, deleted_at, draining, versions, driver, acceleration, cpu_model, capacity_vcpus, capacity_memory_mb, capacity_disk_mb, free_memory_mb, free_disk_mb, load1, running, sandboxes_limit, state_revision, applied_revision, reconciled_at, cert_fingerprint, mtls_enabled, next_cert_fingerprint, moments_compared_at, hypervisors FROM hosts WHERE created_by = 'system' AND deleted_at IS NULL ORDER BY created_at LIMIT 1
 `
 
 func (q *Queries) SystemHost(ctx context.Context) (Host, error) {
@@ -869,6 +877,7 @@ func (q *Queries) SystemHost(ctx context.Context) (Host, error) {
 		&i.MTLSEnabled,
 		&i.NextCertFingerprint,
 		&i.MomentsComparedAt,
+		&i.Hypervisors,
 	)
 	return i, err
 }

@@ -98,6 +98,7 @@ type Host struct {
 	MTLSEnabled         bool
 	NextCertFingerprint []byte
 	MomentsComparedAt   *time.Time
+	Hypervisors         json.RawMessage
 }
 
 type HostTag struct {

@@ -1050,7 +1050,7 @@ func (q *Queries) LockSnapshotByName(ctx context.Context, arg LockSnapshotByName
 }
 
 const placementHosts = `-- name: PlacementHosts :many
-SELECT h.id, h.type, h.team_id, h.provider, h.availability_zone, h.arch, h.cpu_cores, h.memory_mb, h.disk_gb, h.address, h.status, h.last_heartbeat_at, h.created_by, h.created_at, h.updated_at, h.deleted_at, h.draining, h.versions, h.driver, h.acceleration, h.cpu_model, h.capacity_vcpus, h.capacity_memory_mb, h.capacity_disk_mb, h.free_memory_mb, h.free_disk_mb, h.load1, h.running, h.sandboxes_limit, h.state_revision, h.applied_revision, h.reconciled_at, h.cert_fingerprint, h.mtls_enabled, h.next_cert_fingerprint, h.moments_compared_at,
+SELECT h.id, h.type, h.team_id, h.provider, h.availability_zone, h.arch, h.cpu_cores, h.memory_mb, h.disk_gb, h.address, h.status, h.last_heartbeat_at, h.created_by, h.created_at, h.updated_at, h.deleted_at, h.draining, h.versions, h.driver, h.acceleration, h.cpu_model, h.capacity_vcpus, h.capacity_memory_mb, h.capacity_disk_mb, h.free_memory_mb, h.free_disk_mb, h.load1, h.running, h.sandboxes_limit, h.state_revision, h.applied_revision, h.reconciled_at, h.cert_fingerprint, h.mtls_enabled, h.next_cert_fingerprint, h.moments_compared_at, h.hypervisors,
     coalesce(r.vcpus, 0)::bigint AS reserved_vcpus, coalesce(r.memory_mb, 0)::bigint AS reserved_memory_mb,
     coalesce(r.disk_mb, 0)::bigint AS reserved_disk_mb, coalesce(r.count, 0)::bigint AS reserved_count,
     EXISTS (SELECT 1 FROM host_templates t WHERE t.host_id = h.id AND t.name = $1::text)::boolean AS has_template
@@ -1128,6 +1128,7 @@ func (q *Queries) PlacementHosts(ctx context.Context, arg PlacementHostsParams) 
 			&i.Host.MTLSEnabled,
 			&i.Host.NextCertFingerprint,
 			&i.Host.MomentsComparedAt,
+			&i.Host.Hypervisors,
 			&i.ReservedVCPUs,
 			&i.ReservedMemoryMB,
 			&i.ReservedDiskMB,

@@ -60,6 +60,7 @@ UPDATE hosts SET
     driver = coalesce(sqlc.narg('driver'), driver),
     acceleration = coalesce(sqlc.narg('acceleration'), acceleration),
     cpu_model = coalesce(sqlc.narg('cpu_model'), cpu_model),
+    hypervisors = coalesce(sqlc.narg('hypervisors'), hypervisors),
     capacity_vcpus = coalesce(sqlc.narg('capacity_vcpus'), capacity_vcpus),
     capacity_memory_mb = coalesce(sqlc.narg('capacity_memory_mb'), capacity_memory_mb),
     capacity_disk_mb = coalesce(sqlc.narg('capacity_disk_mb'), capacity_disk_mb),
