@@ -43,6 +43,10 @@ type builder struct {
 }
 
 func run(ctx context.Context, args []string, out io.Writer) error {
+	// Debian keeps mke2fs and debugfs where an ordinary user's PATH does not look.
+	if err := os.Setenv("PATH", os.Getenv("PATH")+":/usr/local/sbin:/usr/sbin:/sbin"); err != nil {
+		return err
+	}
 	b := &builder{out: out, started: time.Now()}
 	inject := len(args) > 0 && args[0] == "inject"
 	if inject {
