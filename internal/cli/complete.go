@@ -49,9 +49,11 @@ func (a *app) completeTemplates(cmd *cobra.Command, _ []string, prefix string) (
 	}
 	ctx, cancel := context.WithTimeout(cmd.Context(), completeLimit)
 	defer cancel()
-	list, _ := c.Templates(ctx)
 	var out []string
-	for _, t := range list {
+	for t, err := range c.Snapshots(ctx, "") {
+		if err != nil {
+			break
+		}
 		if strings.HasPrefix(t.Name, prefix) {
 			out = append(out, t.Name)
 		}

@@ -146,7 +146,8 @@ func TestBadInput(t *testing.T) {
 				t.Errorf("names the field %q, want %q: %s", field, c.field, a.Body)
 			}
 			for _, inside := range []string{"SQLSTATE", "pq:", "pgx", ".go:", "/work", "goroutine", "json:", "strconv", "openapi3", long} {
-				if strings.Contains(string(a.Body), inside) {
+				body, _, _ := strings.Cut(string(a.Body), `"request_id"`) // which is random, and may spell anything
+				if strings.Contains(body, inside) {
 					t.Errorf("shows %q: %.300s", inside, a.Body)
 				}
 			}

@@ -188,7 +188,7 @@ func (s *Server) DeleteSandbox(ctx context.Context, req gen.DeleteSandboxRequest
 
 // PauseSandbox implements gen.StrictServerInterface.
 func (s *Server) PauseSandbox(ctx context.Context, req gen.PauseSandboxRequestObject) (gen.PauseSandboxResponseObject, error) {
-	o := fleet.PauseOptions{Memory: true}
+	o := fleet.PauseOptions{Memory: true, OperationID: newID(ctx, wrenn.PrefixOperation)}
 	if req.Body != nil {
 		o.Memory, o.Durable = or(req.Body.Memory, true), or(req.Body.Durable, false)
 	}
@@ -202,7 +202,7 @@ func (s *Server) PauseSandbox(ctx context.Context, req gen.PauseSandboxRequestOb
 // ResumeSandbox implements gen.StrictServerInterface.
 func (s *Server) ResumeSandbox(ctx context.Context, req gen.ResumeSandboxRequestObject) (gen.ResumeSandboxResponseObject, error) {
 	team := auth.From(ctx).TeamID
-	if err := s.Fleet.Resume(ctx, actor(ctx), team, req.ID); err != nil {
+	if err := s.Fleet.Resume(ctx, actor(ctx), team, req.ID, newID(ctx, wrenn.PrefixOperation)); err != nil {
 		return nil, err
 	}
 	if req.Body != nil && req.Body.TimeoutSec != nil {

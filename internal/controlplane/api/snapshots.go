@@ -107,7 +107,7 @@ func (s *Server) DeleteCheckpoint(ctx context.Context, req gen.DeleteCheckpointR
 
 // RollbackSandbox implements gen.StrictServerInterface.
 func (s *Server) RollbackSandbox(ctx context.Context, req gen.RollbackSandboxRequestObject) (gen.RollbackSandboxResponseObject, error) {
-	spec := fleet.RollbackSpec{SandboxID: req.ID, CheckpointID: req.Cid}
+	spec := fleet.RollbackSpec{SandboxID: req.ID, CheckpointID: req.Cid, OperationID: newID(ctx, wrenn.PrefixOperation)}
 	if req.Body == nil || !or(req.Body.Discard, false) {
 		spec.KeepAs = newID(ctx, wrenn.PrefixCheckpoint)
 	}

@@ -425,6 +425,33 @@ func TestAutoResume(t *testing.T) {
 	}
 }
 
+// A pause, resume or rollback repeated with its key after its replica died is not done again.
+func TestChangesOnce(t *testing.T) {
+	t.Parallel()
+	p := planetest.New(t, planetest.Options{})
+	h := p.AddHost()
+	u := p.NewUser()
+	sb := create(t, u, nil)
+	c := save(t, u, sb.ID, nil)
+	for _, tc := range []struct{ path, status string }{{"/pause", "paused"}, {"/resume", "running"}, {"/checkpoints/" + c.ID + "/rollback", "running"}} {
+		key := u.Header()
+		key.Set("Idempotency-Key", tc.path)
+		u.Do("POST", "/v1/sandboxes/"+sb.ID+tc.path, nil, key).Want(t, 200, nil)
+		before, kept := get(t, u, sb.ID), len(checkpoints(t, u, sb.ID))
+		query(t, p, `UPDATE idempotency_keys SET status = 'running', locked_until = now() - interval '1 second', body = NULL RETURNING key`)
+		u.Do("POST", "/v1/sandboxes/"+sb.ID+tc.path, nil, key).Want(t, 200, nil)
+		if now := get(t, u, sb.ID); now.Status != tc.status || now.Revision != before.Revision {
+			t.Errorf("%s: %s at revision %d, then %s at %d", tc.path, before.Status, before.Revision, now.Status, now.Revision)
+		}
+		if again := len(checkpoints(t, u, sb.ID)); again != kept {
+			t.Errorf("%s: %d checkpoints, then %d", tc.path, kept, again)
+		}
+	}
+	if h.Resumes() != 1 {
+		t.Errorf("resumed %d times", h.Resumes())
+	}
+}
+
 // A command whose sandbox is paused while it is on its way there runs all the same, once.
 func TestPausedOnTheWay(t *testing.T) {
 	t.Parallel()

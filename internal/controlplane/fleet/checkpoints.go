@@ -247,6 +247,7 @@ func (f *Fleet) removeCheckpoint(ctx context.Context, hostID, sandboxID, id stri
 type RollbackSpec struct {
 	SandboxID, CheckpointID string
 	KeepAs                  string // the state left behind becomes this checkpoint; "" discards it
+	OperationID             string // of a request that may be repeated; "" makes one
 }
 
 // Rollback takes a running or paused sandbox back to one of its checkpoints, in place; it then runs.
@@ -263,10 +264,10 @@ func (f *Fleet) Rollback(ctx context.Context, by Actor, teamID string, spec Roll
 		return err
 	}
 	from := wrenn.SandboxState(sb.Sandbox.Status)
-	if !momentous(sb.Sandbox.Status) {
+	if !momentous(sb.Sandbox.Status) && sb.Sandbox.OperationID != spec.OperationID {
 		return wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is %s; it must be running or paused", from).With("status", string(from))
 	}
-	c := change{by: by, teamID: teamID, id: spec.SandboxID, action: "sandbox.rollback", from: from, via: wrenn.SandboxResuming, needs: target.Checkpoint.Needs, replaces: true}
+	c := change{by: by, teamID: teamID, id: spec.SandboxID, op: spec.OperationID, action: "sandbox.rollback", from: from, via: wrenn.SandboxResuming, needs: target.Checkpoint.Needs, replaces: true}
 	if spec.KeepAs != "" {
 		c.also = func(ctx context.Context, tx store.Tx) error {
 			if _, err := tx.Team(teamID).GetCheckpoint(ctx, spec.KeepAs); !store.IsNotFound(err) {

@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"time"
@@ -24,11 +25,13 @@ type PauseOptions struct {
 	Memory  bool
 	Durable bool   // only when the state survives a power cut
 	IdleSec uint32 // if not 0: only if it was idle for so long, else KindConflict
+
+	OperationID string // of a request that may be repeated; "" makes one
 }
 
 // Pause pauses a running sandbox. One that fails leaves it running.
 func (f *Fleet) Pause(ctx context.Context, by Actor, teamID, id string, o PauseOptions) error {
-	c := change{by: by, teamID: teamID, id: id, action: "sandbox.pause", from: wrenn.SandboxRunning, via: wrenn.SandboxPausing}
+	c := change{by: by, teamID: teamID, id: id, op: o.OperationID, action: "sandbox.pause", from: wrenn.SandboxRunning, via: wrenn.SandboxPausing}
 	return f.change(ctx, c, func(ctx context.Context, t agents.Target, op string) (*agentv1.Sandbox, error) {
 		res, err := f.agents.Service(t).PauseSandbox(ctx, connect.NewRequest(&agentv1.PauseSandboxRequest{
 			Id: id, OperationId: op, DiskOnly: !o.Memory, IdleSec: o.IdleSec, Durable: o.Durable,
@@ -40,9 +43,10 @@ func (f *Fleet) Pause(ctx context.Context, by Actor, teamID, id string, o PauseO
 	})
 }
 
-// Resume lets a paused sandbox run again. One that fails leaves it paused.
-func (f *Fleet) Resume(ctx context.Context, by Actor, teamID, id string) error {
-	c := change{by: by, teamID: teamID, id: id, action: "sandbox.resume", from: wrenn.SandboxPaused, via: wrenn.SandboxResuming}
+// Resume lets a paused sandbox run again. One that fails leaves it paused. opID is of a request that may be repeated;
+// "" makes one.
+func (f *Fleet) Resume(ctx context.Context, by Actor, teamID, id, opID string) error {
+	c := change{by: by, teamID: teamID, id: id, op: opID, action: "sandbox.resume", from: wrenn.SandboxPaused, via: wrenn.SandboxResuming}
 	return f.change(ctx, c, func(ctx context.Context, t agents.Target, op string) (*agentv1.Sandbox, error) {
 		res, err := f.agents.Service(t).ResumeSandbox(ctx, connect.NewRequest(&agentv1.ResumeSandboxRequest{Id: id, OperationId: op}))
 		if err != nil {
@@ -56,6 +60,7 @@ func (f *Fleet) Resume(ctx context.Context, by Actor, teamID, id string) error {
 type change struct {
 	by         Actor
 	teamID, id string
+	op         string
 	action     string // in the audit log
 	from, via  wrenn.SandboxState
 
@@ -72,8 +77,9 @@ func (f *Fleet) change(ctx context.Context, c change, do ask) error {
 	defer f.work.Done()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), f.times.CreateLimit)
 	defer cancel()
+	c.op = cmp.Or(c.op, wrenn.NewID(wrenn.PrefixOperation))
 	row, err := f.beginChange(ctx, c)
-	if err != nil {
+	if err != nil || row.ID == "" {
 		return err
 	}
 	stop := f.keepLease(ctx, row)
@@ -100,7 +106,8 @@ func (f *Fleet) change(ctx context.Context, c change, do ask) error {
 	return err
 }
 
-// beginChange takes the row, and what a resume needs of the host, in one transaction.
+// beginChange takes the row, and what a resume needs of the host, in one transaction. It gives no row if the
+// operation was done by an attempt before; one that was cut off is taken up again.
 func (f *Fleet) beginChange(ctx context.Context, c change) (row db.Sandbox, err error) {
 	err = f.store.Tx(ctx, func(tx store.Tx) error {
 		now, err := tx.Team(c.teamID).GetSandbox(ctx, c.id)
@@ -109,6 +116,12 @@ func (f *Fleet) beginChange(ctx context.Context, c change) (row db.Sandbox, err 
 		}
 		if err != nil {
 			return err
+		}
+		if now.Sandbox.OperationID == c.op {
+			if now.Sandbox.Status != string(c.via) {
+				return nil
+			}
+			c.from, c.also = c.via, nil
 		}
 		if now.Sandbox.Status != string(c.from) {
 			return wrongState(now.Sandbox, c.from)
@@ -125,7 +138,7 @@ func (f *Fleet) beginChange(ctx context.Context, c change) (row db.Sandbox, err 
 			}
 		}
 		row, err = tx.Team(c.teamID).BeginChange(ctx, db.BeginChangeParams{
-			ID: c.id, Status: string(c.via), FormerStatus: string(c.from), OperationID: wrenn.NewID(wrenn.PrefixOperation), Lease: f.times.Lease,
+			ID: c.id, Status: string(c.via), FormerStatus: string(c.from), OperationID: c.op, Lease: f.times.Lease,
 		})
 		if store.IsNotFound(err) { // somebody was quicker
 			return wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is changing; try again").With("status", string(c.via))
@@ -226,10 +239,7 @@ func lostSandbox(row db.Sandbox) *agentv1.Sandbox {
 	return &agentv1.Sandbox{Id: row.ID, State: state, Revision: uint64(row.Revision)}
 }
 
-const (
-	wakeEvery = 50 * time.Millisecond
-	wakeLimit = time.Minute
-)
+const wakeEvery = 50 * time.Millisecond
 
 // Wake brings a sandbox to run for a request into it, and waits for a change that is under way. However many
 // ask, on however many replicas, it is resumed once. One that is paused without auto_resume stays so.
@@ -259,7 +269,7 @@ type wake struct {
 }
 
 func (f *Fleet) wake(ctx context.Context, by Actor, teamID, id string) error {
-	ctx, cancel := context.WithTimeout(ctx, wakeLimit)
+	ctx, cancel := context.WithTimeout(ctx, f.times.CreateLimit)
 	defer cancel()
 	for {
 		row, err := f.Get(ctx, teamID, id)
@@ -268,7 +278,7 @@ func (f *Fleet) wake(ctx context.Context, by Actor, teamID, id string) error {
 		}
 		switch state := wrenn.SandboxState(row.Sandbox.Status); {
 		case state == wrenn.SandboxPaused && row.Sandbox.AutoResume:
-			if err = f.Resume(ctx, by, teamID, id); wrenn.KindOf(err) != wrenn.KindInvalidState {
+			if err = f.Resume(ctx, by, teamID, id, ""); wrenn.KindOf(err) != wrenn.KindInvalidState {
 				return err
 			}
 			if now, again := f.Get(ctx, teamID, id); again == nil && now.Sandbox.Status == string(wrenn.SandboxPaused) {

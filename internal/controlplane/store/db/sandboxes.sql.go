@@ -677,7 +677,8 @@ const settleChange = `-- name: SettleChange :one
 UPDATE sandboxes SET status = $1, reason = $2, revision = $3,
     last_active_at = greatest(last_active_at, $4), missing_since = NULL,
     durable_at = $5, needs = $6, operation_until = NULL, updated_at = now()
-WHERE id = $7 AND operation_id = $8 AND deleted_at IS NULL AND status IN ('pausing', 'resuming') AND revision <= $3
+WHERE id = $7 AND operation_id = $8 AND deleted_at IS NULL
+  AND (status IN ('pausing', 'resuming') AND revision <= $3 OR status IN ('running', 'paused') AND revision < $3)
 RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
 `
 

@@ -76,7 +76,8 @@ WHERE id = @id AND host_id = @host_id AND deleted_at IS NULL
 UPDATE sandboxes SET status = @status, reason = sqlc.narg('reason'), revision = @revision,
     last_active_at = greatest(last_active_at, sqlc.narg('last_active_at')), missing_since = NULL,
     durable_at = sqlc.narg('durable_at'), needs = sqlc.narg('needs'), operation_until = NULL, updated_at = now()
-WHERE id = @id AND operation_id = @operation_id AND deleted_at IS NULL AND status IN ('pausing', 'resuming') AND revision <= @revision
+WHERE id = @id AND operation_id = @operation_id AND deleted_at IS NULL
+  AND (status IN ('pausing', 'resuming') AND revision <= @revision OR status IN ('running', 'paused') AND revision < @revision)
 RETURNING *;
 
 -- name: MarkMissing :execrows
