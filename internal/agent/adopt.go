@@ -17,7 +17,7 @@ import (
 // are undone, half-done deletes finished, and what belongs to no record (network slots, VMMs, trash)
 // is removed. A record that cannot be read is left alone and logged: unknown is not garbage.
 func (s *Sandboxes) adopt(ctx context.Context, cfg Config) error {
-	for _, dir := range []string{sandboxesDir, templatesDir, trashDir, warmDir} {
+	for _, dir := range []string{sandboxesDir, templatesDir, trashDir, warmDir, forksDir} {
 		if err := os.MkdirAll(filepath.Join(s.dir, dir), 0o711); err != nil {
 			return err
 		}
@@ -41,7 +41,7 @@ func (s *Sandboxes) adopt(ctx context.Context, cfg Config) error {
 	if err := s.net.Sweep(ctx); err != nil {
 		return fmt.Errorf("remove left-over network namespaces: %w", err)
 	}
-	return errors.Join(empty(filepath.Join(s.dir, warmDir)), empty(filepath.Join(s.dir, trashDir)))
+	return errors.Join(empty(filepath.Join(s.dir, warmDir)), empty(filepath.Join(s.dir, forksDir)), empty(filepath.Join(s.dir, trashDir)))
 }
 
 func (s *Sandboxes) sweepVMMs(cfg Config) error {
@@ -68,6 +68,11 @@ func (s *Sandboxes) adoptOne(ctx context.Context, dir string) error {
 	}
 	sb := &sandbox{id: rec.ID, dir: dir, rec: *rec}
 	s.byID[rec.ID] = sb
+	if rec.Before == nil { // rests of a rollback that was done
+		if err := errors.Join(s.discard(sb.old().dir()), s.discard(sb.next().dir())); err != nil {
+			return err
+		}
+	}
 	switch rec.State {
 	case wrenn.SandboxCreating, wrenn.SandboxDeleting:
 		return s.finishRemoval(ctx, sb)
@@ -75,24 +80,39 @@ func (s *Sandboxes) adoptOne(ctx context.Context, dir string) error {
 		return s.adoptRunning(ctx, sb)
 	case wrenn.SandboxPausing, wrenn.SandboxResuming:
 		return s.adoptChanging(ctx, sb)
+	case wrenn.SandboxPaused:
+		return s.adoptPaused(sb)
 	}
 	return nil
+}
+
+// adoptPaused sees whether the saved memory is still good, and goes on to make it durable.
+func (s *Sandboxes) adoptPaused(sb *sandbox) (err error) {
+	if _, loadErr := sb.machine().load(); sb.rec.HasMemory && errors.Is(loadErr, os.ErrNotExist) {
+		s.log.Warn("a paused sandbox lost its memory", "sandbox", sb.id, "err", loadErr)
+		err = s.transition(sb, func(r *record) {
+			r.toPaused(sb.machine(), false)
+			r.Reason = "its host went down before the saved memory was safe on disk; the disk is kept"
+		})
+	}
+	s.harden(sb)
+	return err
 }
 
 // adoptChanging settles a pause or resume that was cut off. A manifest says that the machine is whole at
 // rest and its VM, if any, has not gone on; without one the VM is the truth.
 func (s *Sandboxes) adoptChanging(ctx context.Context, sb *sandbox) error {
-	if err := s.finishSwap(sb); err != nil {
-		return err
+	if sb.rec.Before != nil {
+		return s.revert(ctx, sb)
 	}
 	if sb.machine().atRest() {
 		if err := s.teardown(ctx, sb); err != nil {
 			return err
 		}
-		return s.transition(sb, func(r *record) { r.toPaused(sb.machine(), true) })
+		return s.settled(sb, true)
 	}
 	if sb.rec.VM == nil { // a resume that had not come to starting the VM, of a machine without memory
-		return s.transition(sb, func(r *record) { r.toPaused(sb.machine(), false) })
+		return s.settled(sb, false)
 	}
 	if err := s.adoptRunning(ctx, sb); err != nil || sb.snapshot().State == wrenn.SandboxPaused {
 		return err
@@ -101,6 +121,12 @@ func (s *Sandboxes) adoptChanging(ctx context.Context, sb *sandbox) error {
 		return err
 	}
 	return s.transition(sb, (*record).toRunning)
+}
+
+func (s *Sandboxes) settled(sb *sandbox, hasMemory bool) error {
+	err := s.transition(sb, func(r *record) { r.toPaused(sb.machine(), hasMemory) })
+	s.harden(sb)
+	return err
 }
 
 func (s *Sandboxes) finishRemoval(ctx context.Context, sb *sandbox) error {
@@ -137,8 +163,21 @@ func (s *Sandboxes) adoptRunning(ctx context.Context, sb *sandbox) error {
 		}
 	}
 	s.attach(sb, slot, handle)
+	s.watchers.Go(func() { s.wakeGuest(sb) })
 	s.log.Info("took over a running sandbox", "sandbox", sb.id, "pid", handle.PID)
 	return nil
+}
+
+// wakeGuest lets the processes of a guest go on that an operation which was cut off had stopped. Where none
+// was, it does nothing.
+func (s *Sandboxes) wakeGuest(sb *sandbox) {
+	client, token, _ := sb.guestAndRecord()
+	if client == nil {
+		return
+	}
+	if err := client.SyncClock(s.life, token); err != nil && s.life.Err() == nil {
+		s.log.Warn("a guest that was taken over does not answer", "sandbox", sb.id, "err", err)
+	}
 }
 
 // empty removes what is in a directory.
@@ -163,13 +202,7 @@ func (s *Sandboxes) StopVMs(ctx context.Context) error {
 		if r.State != protoState[wrenn.SandboxRunning] {
 			continue
 		}
-		_, err := s.Pause(ctx, &agentv1.PauseSandboxRequest{Id: r.Id, OperationId: wrenn.NewID(wrenn.PrefixOperation)})
-		if err == nil {
-			var sb *sandbox
-			if sb, err = s.get(r.Id); err == nil {
-				err = sb.machine().sync()
-			}
-		}
+		_, err := s.Pause(ctx, &agentv1.PauseSandboxRequest{Id: r.Id, OperationId: wrenn.NewID(wrenn.PrefixOperation), Durable: true})
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
-	"sync"
 	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/gen/agentv1"
@@ -42,7 +41,7 @@ func (s *Sandboxes) keepMoment(ctx context.Context, id, opID string, where func(
 		if mo, err = loadMoment(where(sb)); wrenn.KindOf(err) != wrenn.KindNotFound {
 			return err // saved already, or not readable
 		}
-		if mo, err = s.saveMoment(ctx, sb, where(sb)); err != nil {
+		if mo, err = s.saveMoment(ctx, sb, where(sb), true); err != nil {
 			return err
 		}
 		return then(sb)
@@ -58,9 +57,9 @@ func (s *Sandboxes) keepMoment(ctx context.Context, id, opID string, where func(
 	return mo.report()
 }
 
-// saveMoment writes the present moment of a sandbox to dir, whole or not at all. A running sandbox
-// stops for as long as device state and clones take.
-func (s *Sandboxes) saveMoment(ctx context.Context, sb *sandbox, dir string) (mo *moment, err error) {
+// saveMoment writes the present moment of a sandbox to dir, whole or not at all, and so that it survives a
+// power cut if it is to be durable. A running sandbox stops for as long as device state and clones take.
+func (s *Sandboxes) saveMoment(ctx context.Context, sb *sandbox, dir string, durable bool) (mo *moment, err error) {
 	defer func() { err = diskFull(err) }()
 	rec := sb.snapshot()
 	if sb.forgotten() || rec.State != wrenn.SandboxRunning && rec.State != wrenn.SandboxPaused {
@@ -80,6 +79,9 @@ func (s *Sandboxes) saveMoment(ctx context.Context, sb *sandbox, dir string) (mo
 		return nil, err
 	}
 	u.Push(func() error { return s.discard(scratch) })
+	if err := s.fault(sb, "moment.begun"); err != nil {
+		return nil, err
+	}
 	mo = &moment{
 		ID: filepath.Base(dir), Parent: rec.Parent, CreatedAt: time.Now().UTC(), VCPUs: rec.VCPUs, MemoryMB: rec.MemoryMB,
 		DiskMB: rec.DiskMB, TemplateDigest: rec.TemplateDigest, User: rec.User, dir: scratch,
@@ -92,15 +94,23 @@ func (s *Sandboxes) saveMoment(ctx context.Context, sb *sandbox, dir string) (mo
 	if err != nil {
 		return nil, err
 	}
+	if err := s.fault(sb, "moment.cloned"); err != nil {
+		return nil, err
+	}
 	mo.HasMemory = mo.machine().atRest()
-	if err := errors.Join(mo.machine().sync(), mo.save()); err != nil {
+	if durable {
+		if err := mo.machine().sync(); err != nil {
+			return nil, err
+		}
+	}
+	if err := errors.Join(mo.save(), s.fault(sb, "moment.saved")); err != nil {
 		return nil, err
 	}
 	if err := os.Rename(scratch, dir); err != nil {
 		return nil, err
 	}
 	mo.dir = dir
-	return mo, syncDir(filepath.Dir(dir))
+	return mo, errors.Join(syncDir(filepath.Dir(dir)), s.fault(sb, "moment.named"))
 }
 
 // cloneRunning takes the moment of a running VM into dst. The VM runs again when it returns, whatever
@@ -122,6 +132,9 @@ func (s *Sandboxes) cloneRunning(ctx context.Context, sb *sandbox, dst machine) 
 		return err
 	}
 	defer func() { err = errors.Join(s.driver.Resume(going, *rec.VM), err) }()
+	if err := s.fault(sb, "moment.frozen"); err != nil {
+		return err
+	}
 	if err := s.store.Clone(ctx, src.disk(), dst.disk()); err != nil {
 		return err
 	}
@@ -183,153 +196,4 @@ func (s *Sandboxes) DeleteSnapshot(snapshotID string) error {
 		return wrenn.Errorf(wrenn.KindInvalidRequest, "%q is not the id of a snapshot", snapshotID)
 	}
 	return s.discard(filepath.Join(s.snapshots, snapshotID))
-}
-
-// Rollback takes a sandbox back to one of its checkpoints, in place, and lets it run. The state left
-// behind becomes the checkpoint keepAs, unless that is empty.
-func (s *Sandboxes) Rollback(ctx context.Context, req *agentv1.RollbackSandboxRequest) (*agentv1.Sandbox, error) {
-	sb, err := s.get(req.Id)
-	if err != nil {
-		return nil, err
-	}
-	if !wrenn.ValidID(wrenn.PrefixCheckpoint, req.CheckpointId) || req.KeepAs != "" && !wrenn.ValidID(wrenn.PrefixCheckpoint, req.KeepAs) {
-		return nil, wrenn.Errorf(wrenn.KindInvalidRequest, "the checkpoint has no valid id")
-	}
-	err = sb.do(ctx, req.OperationId, func(ctx context.Context) error {
-		rec := sb.snapshot()
-		if rec.OperationID == req.OperationId && rec.State == wrenn.SandboxRunning {
-			return nil
-		}
-		mo, err := loadMoment(filepath.Join(sb.dir, checkpointsDir, req.CheckpointId))
-		if err != nil {
-			return err
-		}
-		return s.rollback(ctx, sb, mo, req)
-	})
-	if err != nil {
-		return nil, err
-	}
-	return sb.report(), nil
-}
-
-func (s *Sandboxes) rollback(ctx context.Context, sb *sandbox, mo *moment, req *agentv1.RollbackSandboxRequest) (err error) {
-	defer func() { err = diskFull(err) }()
-	if err := s.needSpace(mo.MemoryMB); err != nil {
-		return err
-	}
-	if req.KeepAs != "" {
-		if _, err := s.saveMomentOnce(ctx, sb, filepath.Join(sb.dir, checkpointsDir, req.KeepAs)); err != nil {
-			return err
-		}
-	}
-	next := machine(sb.machine().dir() + unfinished)
-	if err := s.discard(next.dir()); err != nil {
-		return err
-	}
-	if err := next.cloneFrom(ctx, s.store, mo.machine()); err != nil {
-		return errors.Join(err, s.discard(next.dir()))
-	}
-	if err := next.sync(); err != nil {
-		return err
-	}
-	// From here the sandbox becomes the checkpoint's: what is cut off is finished by finishSwap.
-	if err := s.transition(sb, func(r *record) { r.State, r.OperationID, r.Parent = wrenn.SandboxResuming, req.OperationId, mo.ID }); err != nil {
-		return err
-	}
-	var u undo.Stack
-	defer u.Run(&err)
-	u.Push(func() error {
-		return errors.Join(s.finishSwap(sb), s.transition(sb, func(r *record) { r.toPaused(sb.machine(), sb.machine().atRest()) }))
-	})
-	if err := s.teardown(ctx, sb); err != nil {
-		return err
-	}
-	if err := errors.Join(s.discard(sb.machine().dir()), s.finishSwap(sb)); err != nil {
-		return err
-	}
-	if err := sb.update(func(r *record) { r.VM, r.Slot = nil, -1 }); err != nil {
-		return err
-	}
-	if err := s.launch(ctx, sb, sb.machine(), &u); err != nil {
-		return err
-	}
-	return s.transition(sb, (*record).toRunning)
-}
-
-func (s *Sandboxes) saveMomentOnce(ctx context.Context, sb *sandbox, dir string) (*moment, error) {
-	mo, err := loadMoment(dir)
-	if wrenn.KindOf(err) == wrenn.KindNotFound {
-		return s.saveMoment(ctx, sb, dir)
-	}
-	return mo, err
-}
-
-// finishSwap puts the machine that a rollback prepared in place of one that is gone, or removes it if
-// the old one is still there.
-func (s *Sandboxes) finishSwap(sb *sandbox) error {
-	next := sb.machine().dir() + unfinished
-	switch {
-	case !exists(next):
-		return nil
-	case exists(sb.machine().dir()):
-		return s.discard(next)
-	}
-	if err := os.Rename(next, sb.machine().dir()); err != nil {
-		return err
-	}
-	return syncDir(sb.dir)
-}
-
-// maxForks bounds the children of one fork; their starts are further bounded by parallelForks.
-const (
-	maxForks      = 100
-	parallelForks = 4
-)
-
-// Fork makes children of a sandbox's present moment. The source goes on; a child that fails leaves the
-// others alone.
-func (s *Sandboxes) Fork(ctx context.Context, req *agentv1.ForkSandboxRequest) ([]*agentv1.ForkSandboxResponse_Result, error) {
-	sb, err := s.get(req.Id)
-	if err != nil {
-		return nil, err
-	}
-	if len(req.Children) < 1 || len(req.Children) > maxForks {
-		return nil, wrenn.Errorf(wrenn.KindInvalidRequest, "count must be from 1 to %d", maxForks).With("field", "count")
-	}
-	id := wrenn.NewID(wrenn.PrefixSnapshot)
-	if _, err := s.SaveSnapshot(ctx, req.Id, req.OperationId, id); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err := s.DeleteSnapshot(id); err != nil {
-			s.log.Error("the moment of a fork is left", "snapshot", id, "err", err)
-		}
-	}()
-	rec := sb.snapshot()
-	results := make([]*agentv1.ForkSandboxResponse_Result, len(req.Children))
-	places := make(chan struct{}, parallelForks)
-	var all sync.WaitGroup
-	for i, child := range req.Children {
-		all.Go(func() {
-			places <- struct{}{}
-			defer func() { <-places }()
-			results[i] = s.forkOne(ctx, rec, child, id)
-		})
-	}
-	all.Wait()
-	return results, nil
-}
-
-func (s *Sandboxes) forkOne(ctx context.Context, rec record, child *agentv1.ForkSandboxRequest_Child, snapshotID string) *agentv1.ForkSandboxResponse_Result {
-	sb, err := s.Create(ctx, &agentv1.CreateSandboxRequest{
-		Id: child.Id, OperationId: child.OperationId, Template: rec.Template, Vcpus: uint32(rec.VCPUs), MemoryMb: uint64(rec.MemoryMB),
-		DiskMb: uint64(rec.DiskMB), Env: child.Env, User: rec.User, Hostname: child.Hostname,
-		Source: &agentv1.Source{Moment: &agentv1.Source_SnapshotId{SnapshotId: snapshotID}},
-	})
-	if err != nil {
-		s.log.Error("a child of a fork failed", "sandbox", child.Id, "err", err)
-		pub := wrenn.Public(err)
-		return &agentv1.ForkSandboxResponse_Result{ErrorKind: string(pub.Kind), ErrorMessage: pub.Message}
-	}
-	return &agentv1.ForkSandboxResponse_Result{Sandbox: sb}
 }

@@ -16,39 +16,55 @@ import (
 
 // launch makes a sandbox's machine run and returns when its guest agent is ready and knows who it is. It
 // goes on from the moment that is saved in from: its own, or that of which its disk is a clone; without
-// memory there it is booted. Undo steps are pushed for all that it takes.
-func (s *Sandboxes) launch(ctx context.Context, sb *sandbox, from machine, u *undo.Stack) error {
+// memory there it is booted. shared says that others are made from there as well. Undo steps are pushed for
+// all that it takes.
+func (s *Sandboxes) launch(ctx context.Context, sb *sandbox, from machine, shared bool, u *undo.Stack) error {
 	slot, err := s.acquireSlot(ctx)
 	if err != nil {
 		return err
 	}
 	u.Push(func() error { s.net.Release(slot); return nil })
-	handle, err := s.startVM(ctx, sb, slot, from, u)
+	handle, err := s.startVM(ctx, sb, slot, from, shared, u)
 	if err != nil {
 		return err
 	}
 	s.attach(sb, slot, handle)
 	u.Push(func() error { s.detach(sb); return nil })
+	if err := s.fault(sb, "launch.started"); err != nil {
+		return err
+	}
 	// From here the VM changes its disk, so that and the memory are no saved moment any more. This is on disk
 	// before the first instruction.
 	if err := sb.update(func(r *record) { r.VM, r.HasMemory, r.StartedAt = &handle, false, handle.StartedAt.UTC() }); err != nil {
+		return err
+	}
+	if err := s.fault(sb, "launch.recorded"); err != nil {
 		return err
 	}
 	if err := sb.machine().wake(); err != nil {
 		return err
 	}
 	u.Push(func() error { return s.keepMemory(context.WithoutCancel(ctx), sb, handle) })
+	if err := s.fault(sb, "launch.woken"); err != nil {
+		return err
+	}
 	if err := s.driver.Resume(ctx, handle); err != nil {
 		return err
 	}
-	return s.greet(ctx, sb)
+	if err := s.fault(sb, "launch.running"); err != nil {
+		return err
+	}
+	if err := s.greet(ctx, sb); err != nil {
+		return err
+	}
+	return s.fault(sb, "launch.greeted")
 }
 
 // keepMemory takes a resume back whose guest does not answer: its memory must not be lost for that.
 func (s *Sandboxes) keepMemory(ctx context.Context, sb *sandbox, handle vm.Handle) error {
 	rec := sb.snapshot()
-	if rec.State != wrenn.SandboxResuming {
-		return nil // a create that failed
+	if rec.State != wrenn.SandboxResuming || rec.Before != nil {
+		return nil // a create or rollback that failed
 	}
 	if err := s.driver.Pause(ctx, handle); err != nil {
 		return err
@@ -58,7 +74,7 @@ func (s *Sandboxes) keepMemory(ctx context.Context, sb *sandbox, handle vm.Handl
 
 // startVM starts the VM frozen. The slot is on record first, so a VM that dies unrecorded is found by
 // its uid; the next token too, so an agent that dies in between can still speak to the guest.
-func (s *Sandboxes) startVM(ctx context.Context, sb *sandbox, slot *network.Slot, from machine, u *undo.Stack) (vm.Handle, error) {
+func (s *Sandboxes) startVM(ctx context.Context, sb *sandbox, slot *network.Slot, from machine, shared bool, u *undo.Stack) (vm.Handle, error) {
 	rec, m := sb.snapshot(), sb.machine()
 	cfg, err := s.vmConfig(sb.id, m, sb.console(), rec.VCPUs, rec.MemoryMB, slot)
 	if err != nil {
@@ -79,7 +95,7 @@ func (s *Sandboxes) startVM(ctx context.Context, sb *sandbox, slot *network.Slot
 			return vm.Handle{}, err
 		}
 		cfg.Restore = &vm.SnapshotFiles{State: from.state(), Memory: from.memory(), Driver: man.Driver}
-		cfg.SharedMemory = from != m
+		cfg.SharedMemory = shared
 		token = man.Token
 	}
 	if err := sb.update(func(r *record) {
@@ -150,10 +166,9 @@ func (s *Sandboxes) vmConfig(id string, m machine, console string, vcpus, memory
 
 // attach makes a VM the sandbox's, and watches for its end.
 func (s *Sandboxes) attach(sb *sandbox, slot *network.Slot, handle vm.Handle) {
-	gone := make(chan struct{})
+	gone, client := make(chan struct{}), guest.New(network.GuestIP, slot.DialContext)
 	sb.mu.Lock()
-	sb.slot, sb.gone = slot, gone
-	sb.guest = guest.New(network.GuestIP, slot.DialContext)
+	sb.slot, sb.gone, sb.guest = slot, gone, client
 	sb.mu.Unlock()
 	s.watchers.Go(func() {
 		if err := s.driver.Wait(s.life, handle); err != nil {
@@ -166,6 +181,7 @@ func (s *Sandboxes) attach(sb *sandbox, slot *network.Slot, handle vm.Handle) {
 			return // the next agent settles it
 		}
 		close(gone)
+		client.Close() // whoever waits for an answer, an operation too, hears at once that there will be none
 		s.ended(sb, gone)
 	})
 }
@@ -199,17 +215,16 @@ func (s *Sandboxes) ended(sb *sandbox, gone chan struct{}) {
 		s.log.Error("cannot settle a VM that ended", "sandbox", sb.id, "err", err)
 		return
 	}
-	select {
-	case s.changed <- struct{}{}:
-	default:
-	}
+	s.notify()
 }
 
 // lost records that a running sandbox has no VM any more.
 func (s *Sandboxes) lost(sb *sandbox) error {
 	s.log.Warn("the virtual machine of a sandbox ended by itself", "sandbox", sb.id)
-	return s.transition(sb, func(r *record) {
+	err := s.transition(sb, func(r *record) {
 		r.toPaused(sb.machine(), false)
 		r.Reason = "its virtual machine ended by itself (powered off, or its host restarted); the disk is kept"
 	})
+	s.harden(sb)
+	return err
 }

@@ -2,11 +2,15 @@ package agent
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
@@ -40,17 +44,21 @@ func (m machine) state() string    { return filepath.Join(string(m), stateFile) 
 func (m machine) manifest() string { return filepath.Join(string(m), manifestFile) }
 func (m machine) vm() string       { return filepath.Join(string(m), vmDir) }
 
-const manifestVersion = 1
+const manifestVersion = 2
 
 // manifest says what a machine at rest is and what can run it.
 type manifest struct {
 	Version int `json:"version"`
 	needs
-	VCPUs      int       `json:"vcpus"`
-	MemoryMB   int       `json:"memory_mb"`
-	DiskBytes  int64     `json:"disk_bytes"`
-	StateBytes int64     `json:"state_bytes"`
-	SavedAt    time.Time `json:"saved_at"`
+	VCPUs     int       `json:"vcpus"`
+	MemoryMB  int       `json:"memory_mb"`
+	DiskBytes int64     `json:"disk_bytes"`
+	StateSHA  string    `json:"state_sha256"` // hex
+	SavedAt   time.Time `json:"saved_at"`
+	// BootID is of the host's boot in which the moment was saved. Until the files are known to be on disk
+	// (Durable), they are good only as long as that boot lasts.
+	BootID  string `json:"boot_id"`
+	Durable bool   `json:"durable"`
 	// Token is the access token that the guest agent in the saved memory knows; empty for a template.
 	Token string `json:"token,omitempty"`
 }
@@ -78,22 +86,47 @@ func (m machine) rest(ctx context.Context, driver vm.Driver, handle vm.Handle, v
 	if err != nil {
 		return err
 	}
-	state, err := os.Stat(m.state())
+	sum, err := checksum(m.state())
 	if err != nil {
 		return err
 	}
 	caps := driver.Capabilities().Of(handle)
-	raw, err := json.MarshalIndent(manifest{
-		Version: manifestVersion, needs: needsOf(caps), VCPUs: vcpus, MemoryMB: handle.MemoryMB, DiskBytes: disk.Size(), StateBytes: state.Size(),
-		SavedAt: time.Now().UTC(), Token: token,
-	}, "", "  ")
+	return m.writeManifest(manifest{
+		Version: manifestVersion, needs: needsOf(caps), VCPUs: vcpus, MemoryMB: handle.MemoryMB, DiskBytes: disk.Size(), StateSHA: sum,
+		SavedAt: time.Now().UTC(), BootID: bootID(), Token: token,
+	})
+}
+
+func (m machine) writeManifest(man manifest) error {
+	raw, err := json.MarshalIndent(man, "", "  ")
 	if err != nil {
 		return err
 	}
 	return writeDurably(m.manifest(), append(raw, '\n'))
 }
 
-// load reads the manifest of a machine at rest; os.ErrNotExist says that it is not at rest.
+// checksum is a file's SHA-256, in hex.
+func checksum(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	sum := sha256.New()
+	if _, err := io.Copy(sum, f); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(sum.Sum(nil)), nil
+}
+
+// bootID names this boot of the host (random(4)).
+func bootID() string {
+	raw, _ := os.ReadFile("/proc/sys/kernel/random/boot_id") // always there
+	return strings.TrimSpace(string(raw))
+}
+
+// load reads the manifest of a machine at rest and checks what it says; os.ErrNotExist says that it is not
+// at rest.
 func (m machine) load() (*manifest, error) {
 	raw, err := os.ReadFile(m.manifest())
 	if err != nil {
@@ -106,8 +139,14 @@ func (m machine) load() (*manifest, error) {
 	if man.Version != manifestVersion {
 		return nil, fmt.Errorf("manifest of %s has version %d, this agent knows %d", filepath.Base(m.dir()), man.Version, manifestVersion)
 	}
-	if state, err := os.Stat(m.state()); err != nil || state.Size() != man.StateBytes {
-		return nil, fmt.Errorf("device state of %s is damaged", filepath.Base(m.dir()))
+	if !man.Durable && man.BootID != bootID() {
+		return nil, fmt.Errorf("the host restarted before %s was safe on its disk: %w", filepath.Base(m.dir()), os.ErrNotExist)
+	}
+	if sum, err := checksum(m.state()); err != nil || sum != man.StateSHA {
+		return nil, errors.Join(fmt.Errorf("device state of %s is damaged", filepath.Base(m.dir())), err)
+	}
+	if memory, err := os.Stat(m.memory()); err != nil || memory.Size() != int64(man.MemoryMB)<<20 {
+		return nil, errors.Join(fmt.Errorf("memory of %s is damaged", filepath.Base(m.dir())), err)
 	}
 	return man, nil
 }
@@ -178,9 +217,29 @@ func (m machine) cloneFrom(ctx context.Context, store *storage.Store, src machin
 	return nil
 }
 
-// sync makes all of a machine at rest survive a power cut.
+// sync makes all of a machine at rest survive a power cut, and has its manifest say so.
 func (m machine) sync() error {
-	for _, path := range []string{m.disk(), m.memory(), m.state(), m.manifest(), m.dir()} {
+	if err := m.syncFiles(); err != nil {
+		return err
+	}
+	return m.markDurable()
+}
+
+// markDurable is for a machine whose files are on disk. One that is not at rest has nothing to say it.
+func (m machine) markDurable() error {
+	man, err := m.load()
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil || man.Durable {
+		return err
+	}
+	man.Durable = true
+	return m.writeManifest(*man)
+}
+
+func (m machine) syncFiles() error {
+	for _, path := range []string{m.disk(), m.memory(), m.state(), m.dir()} {
 		// fsync(2) is the same for files and directories.
 		if err := syncDir(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err

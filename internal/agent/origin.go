@@ -22,22 +22,29 @@ type origin struct {
 	user     string
 	parent   string // the checkpoint, if it is one
 	template bool   // it is a template, not a saved moment
+	shared   bool   // many are cloned from it
 	cold     bool   // it had to be made first
 }
+
+// findOrigin finds or makes what a sandbox with this record is to be cloned from.
+type findOrigin func(ctx context.Context, rec record) (origin, error)
 
 // origin finds or makes what a create asks for.
 func (s *Sandboxes) origin(ctx context.Context, rec record, src *agentv1.Source) (origin, error) {
 	switch from := src.GetMoment().(type) {
 	case *agentv1.Source_SnapshotId:
-		return s.originMoment(rec, filepath.Join(s.snapshots, from.SnapshotId), wrenn.PrefixSnapshot, from.SnapshotId)
-	case *agentv1.Source_Checkpoint:
-		if !wrenn.ValidID(wrenn.PrefixSandbox, from.Checkpoint.GetSandboxId()) {
-			return origin{}, wrenn.Errorf(wrenn.KindInvalidRequest, "the checkpoint's sandbox has no valid id")
+		if !wrenn.ValidID(wrenn.PrefixSnapshot, from.SnapshotId) {
+			return origin{}, wrenn.Errorf(wrenn.KindInvalidRequest, "%q is not the id of a snapshot", from.SnapshotId)
 		}
+		return originMoment(rec, filepath.Join(s.snapshots, from.SnapshotId))
+	case *agentv1.Source_Checkpoint:
 		id := from.Checkpoint.GetCheckpointId()
+		if !wrenn.ValidID(wrenn.PrefixSandbox, from.Checkpoint.GetSandboxId()) || !wrenn.ValidID(wrenn.PrefixCheckpoint, id) {
+			return origin{}, wrenn.Errorf(wrenn.KindInvalidRequest, "the checkpoint or its sandbox has no valid id")
+		}
 		dir := filepath.Join(s.dir, sandboxesDir, from.Checkpoint.SandboxId, checkpointsDir, id)
-		o, err := s.originMoment(rec, dir, wrenn.PrefixCheckpoint, id)
-		o.parent = id
+		o, err := originMoment(rec, dir)
+		o.parent, o.shared = id, false // few are made of a checkpoint
 		return o, err
 	}
 	img, err := s.images.find(rec.Template)
@@ -45,14 +52,11 @@ func (s *Sandboxes) origin(ctx context.Context, rec record, src *agentv1.Source)
 		return origin{}, err
 	}
 	m, cold, err := s.template(ctx, img, rec.VCPUs, rec.MemoryMB)
-	return origin{machine: m, diskMB: img.DiskMB(), digest: img.Digest, user: img.DefaultUser, template: true, cold: cold}, err
+	return origin{machine: m, diskMB: img.DiskMB(), digest: img.Digest, user: img.DefaultUser, template: true, shared: true, cold: cold}, err
 }
 
 // originMoment opens a saved moment. Its memory runs only in the size it was saved in.
-func (s *Sandboxes) originMoment(rec record, dir, prefix, id string) (origin, error) {
-	if !wrenn.ValidID(prefix, id) {
-		return origin{}, wrenn.Errorf(wrenn.KindInvalidRequest, "%q is not the id of a saved state", id)
-	}
+func originMoment(rec record, dir string) (origin, error) {
 	mo, err := loadMoment(dir)
 	if err != nil {
 		return origin{}, err
@@ -61,7 +65,7 @@ func (s *Sandboxes) originMoment(rec record, dir, prefix, id string) (origin, er
 		return origin{}, wrenn.Errorf(wrenn.KindInvalidRequest, "the saved state has %d vCPUs and %d MiB of memory; a sandbox made from it has the same", mo.VCPUs, mo.MemoryMB).
 			With("field", "memory_mb")
 	}
-	return origin{machine: mo.machine(), diskMB: mo.DiskMB, digest: mo.TemplateDigest, user: mo.User}, nil
+	return origin{machine: mo.machine(), diskMB: mo.DiskMB, digest: mo.TemplateDigest, user: mo.User, shared: true}, nil
 }
 
 // moment is a saved state of a sandbox, kept apart from it: a checkpoint or a snapshot. Its directory

@@ -29,7 +29,7 @@ func (s *Sandboxes) Pause(ctx context.Context, req *agentv1.PauseSandboxRequest)
 		return nil, err
 	}
 	err = sb.do(ctx, req.OperationId, func(ctx context.Context) error {
-		if err := s.settlePause(ctx, sb); err != nil {
+		if err := s.settleOperation(ctx, sb); err != nil {
 			return err
 		}
 		done, err := sb.admit(req.OperationId, wrenn.SandboxPaused, wrenn.SandboxRunning)
@@ -74,6 +74,9 @@ func (s *Sandboxes) pause(ctx context.Context, sb *sandbox, req *agentv1.PauseSa
 	var u undo.Stack
 	defer u.Run(&err)
 	u.Push(func() error { return s.transition(sb, func(r *record) { r.State = wrenn.SandboxRunning }) })
+	if err := s.fault(sb, "pause.begun"); err != nil {
+		return err
+	}
 	save := s.saveMemory
 	if req.DiskOnly {
 		save = s.saveDisk
@@ -81,27 +84,87 @@ func (s *Sandboxes) pause(ctx context.Context, sb *sandbox, req *agentv1.PauseSa
 	if err := save(ctx, sb, &u); err != nil {
 		return err
 	}
+	var durableAt time.Time
+	if req.Durable || req.DiskOnly { // a disk alone was written to the host's disk by saveDisk
+		if err := sb.machine().sync(); err != nil {
+			return err
+		}
+		durableAt = time.Now().UTC()
+	}
+	if err := s.fault(sb, "pause.saved"); err != nil {
+		return err
+	}
 	if err := s.teardown(ctx, sb); err != nil {
 		return err
 	}
-	u = undo.Stack{} // the VM is gone; what fails from here is settled by the next operation
+	u = undo.Stack{} // the VM is gone: there is no way back
+	u.Push(func() error { return s.settled(sb, !req.DiskOnly && sb.machine().atRest()) })
+	if err := s.fault(sb, "pause.ended"); err != nil {
+		return err
+	}
 	if req.DiskOnly {
 		if err := sb.machine().dropMemory(); err != nil {
 			return err
 		}
 	}
-	return s.transition(sb, func(r *record) { r.toPaused(sb.machine(), !req.DiskOnly) })
+	err = s.transition(sb, func(r *record) {
+		r.toPaused(sb.machine(), !req.DiskOnly)
+		r.DurableAt = durableAt
+	})
+	s.harden(sb)
+	return err
 }
 
-// settlePause ends a pause whose VM is gone but whose last record could not be written.
-func (s *Sandboxes) settlePause(ctx context.Context, sb *sandbox) error {
-	if sb.snapshot().State != wrenn.SandboxPausing {
+// harden makes a paused sandbox survive a power cut of the host, in the background: writing out what may
+// be all of its memory takes its time, and it can be resumed meanwhile.
+func (s *Sandboxes) harden(sb *sandbox) {
+	rec := sb.snapshot()
+	if rec.State != wrenn.SandboxPaused || !rec.DurableAt.IsZero() {
+		return
+	}
+	s.watchers.Go(func() {
+		err := sb.machine().syncFiles()
+		if err == nil {
+			err = sb.do(s.life, wrenn.NewID(wrenn.PrefixOperation), func(context.Context) error {
+				now := sb.snapshot()
+				if sb.forgotten() || now.Revision != rec.Revision || s.life.Err() != nil {
+					return nil // it went on meanwhile
+				}
+				if err := sb.machine().markDurable(); err != nil {
+					return err
+				}
+				return s.transition(sb, func(r *record) { r.DurableAt = time.Now().UTC() })
+			})
+		}
+		if err != nil && !sb.forgotten() && s.life.Err() == nil {
+			s.log.Error("a paused sandbox does not survive a power cut yet", "sandbox", sb.id, "err", err)
+		}
+		s.notify()
+	})
+}
+
+// notify has the control plane told that something changed which it did not ask for.
+func (s *Sandboxes) notify() {
+	select {
+	case s.changed <- struct{}{}:
+	default:
+	}
+}
+
+// settleOperation ends an operation that could neither be done nor undone to its end: a pause whose VM is gone but
+// whose last record could not be written, a rollback that could not be taken back.
+func (s *Sandboxes) settleOperation(ctx context.Context, sb *sandbox) error {
+	rec := sb.snapshot()
+	if rec.Before != nil {
+		return s.revert(ctx, sb)
+	}
+	if rec.State != wrenn.SandboxPausing {
 		return nil
 	}
 	if err := s.teardown(ctx, sb); err != nil {
 		return err
 	}
-	return s.transition(sb, func(r *record) { r.toPaused(sb.machine(), sb.machine().atRest()) })
+	return s.settled(sb, sb.machine().atRest())
 }
 
 // saveMemory brings the machine to rest: frozen, its device state and manifest beside its memory and disk.
@@ -110,10 +173,16 @@ func (s *Sandboxes) saveMemory(ctx context.Context, sb *sandbox, u *undo.Stack) 
 	s.freezeGuest(ctx, sb)
 	undoing := context.WithoutCancel(ctx)
 	u.Push(func() error { return client.Catchup(undoing, token) })
+	if err := s.fault(sb, "pause.quiet"); err != nil {
+		return err
+	}
 	if err := s.driver.Pause(ctx, *rec.VM); err != nil {
 		return err
 	}
 	u.Push(func() error { return errors.Join(sb.machine().wake(), s.driver.Resume(undoing, *rec.VM)) })
+	if err := s.fault(sb, "pause.frozen"); err != nil {
+		return err
+	}
 	return sb.machine().rest(ctx, s.driver, *rec.VM, rec.VCPUs, rec.AccessToken)
 }
 
@@ -129,7 +198,7 @@ func (s *Sandboxes) saveDisk(ctx context.Context, sb *sandbox, u *undo.Stack) er
 		return err
 	}
 	u.Push(func() error { return s.driver.Resume(undoing, *rec.VM) })
-	return syncDir(sb.machine().disk())
+	return s.fault(sb, "pause.disk")
 }
 
 // Resume makes a paused sandbox run again; one without memory is booted. One that fails leaves it paused.
@@ -139,7 +208,7 @@ func (s *Sandboxes) Resume(ctx context.Context, id, opID string) (*agentv1.Sandb
 		return nil, err
 	}
 	err = sb.do(ctx, opID, func(ctx context.Context) error {
-		if err := s.settlePause(ctx, sb); err != nil {
+		if err := s.settleOperation(ctx, sb); err != nil {
 			return err
 		}
 		done, err := sb.admit(opID, wrenn.SandboxRunning, wrenn.SandboxPaused)
@@ -164,10 +233,11 @@ func (s *Sandboxes) resume(ctx context.Context, sb *sandbox, opID string) (err e
 	}
 	var u undo.Stack
 	defer u.Run(&err)
-	u.Push(func() error {
-		return s.transition(sb, func(r *record) { r.toPaused(sb.machine(), sb.machine().atRest()) })
-	})
-	if err := s.launch(ctx, sb, sb.machine(), &u); err != nil {
+	u.Push(func() error { return s.settled(sb, sb.machine().atRest()) })
+	if err := s.fault(sb, "resume.begun"); err != nil {
+		return err
+	}
+	if err := s.launch(ctx, sb, sb.machine(), false, &u); err != nil {
 		return err
 	}
 	return s.transition(sb, (*record).toRunning)

@@ -52,6 +52,10 @@ type record struct {
 	HasMemory bool `json:"has_memory,omitempty"`
 	// Needs says, while it is paused with its memory, what can resume it.
 	Needs *needs `json:"needs,omitempty"`
+	// Before is set while a rollback is under way.
+	Before *before `json:"before,omitempty"`
+	// DurableAt is since when the paused machine survives a power cut of the host; zero while it may not.
+	DurableAt time.Time `json:"durable_at,omitzero"`
 }
 
 // Names in a sandbox's directory, beside its machine.
@@ -62,7 +66,7 @@ const (
 
 // toRunning is the record of a sandbox whose guest knows who it is.
 func (r *record) toRunning() {
-	r.State = wrenn.SandboxRunning
+	r.State, r.DurableAt = wrenn.SandboxRunning, time.Time{}
 	if r.NextToken != "" {
 		r.AccessToken, r.NextToken = r.NextToken, ""
 	}
@@ -71,6 +75,7 @@ func (r *record) toRunning() {
 // toPaused is the record of a sandbox whose VM is gone, and whose machine is at rest in m.
 func (r *record) toPaused(m machine, hasMemory bool) {
 	r.State, r.VM, r.Slot, r.HasMemory, r.Reason, r.Needs = wrenn.SandboxPaused, nil, -1, hasMemory, "", nil
+	r.DurableAt = time.Time{}
 	if man, err := m.load(); err == nil && hasMemory {
 		r.Needs = &man.needs
 	}

@@ -27,6 +27,7 @@ type sandbox struct {
 	rec    record
 	op     *operation // in progress, or nil
 	slot   *network.Slot
+	before *network.Slot // of the VM that a rollback under way may go back to
 	guest  *guest.Client
 	gone   chan struct{} // closed when the VM that runs now has ended
 	forget bool          // deleted: whoever still holds a pointer must not act
@@ -160,7 +161,8 @@ func (sb *sandbox) report() *agentv1.Sandbox {
 		Id: r.ID, State: protoState[r.State], Revision: r.Revision, OperationId: r.OperationID, Reason: r.Reason,
 		Template: r.Template, Vcpus: uint32(r.VCPUs), MemoryMb: uint64(r.MemoryMB), DiskMb: uint64(r.DiskMB),
 		CreatedAt: timestamp(r.CreatedAt), StartedAt: timestamp(r.StartedAt), LastActiveAt: timestamp(last),
-		Active: open, HasMemory: r.HasMemory, AccessToken: r.AccessToken, Cold: r.Cold, Needs: needs.report(),
+		Active: open, HasMemory: r.HasMemory, AccessToken: r.AccessToken, Cold: r.Cold,
+		DurableAt: timestamp(r.DurableAt), Needs: needs.report(),
 	}
 }
 

@@ -44,6 +44,9 @@ type Sandboxes struct {
 
 	snapshots string // where SaveSnapshot puts moments; on the file system of dir
 
+	// faults, if not nil, is called at named points of operations; tests make them fail there.
+	faults func(sandboxID, point string) error
+
 	life      context.Context // ends when this agent gives the host up; nothing is watched any more
 	watchers  sync.WaitGroup  // of VMs
 	templates templates
@@ -109,6 +112,14 @@ func (s *Sandboxes) transition(sb *sandbox, change func(*record)) error {
 	return err
 }
 
+// fault is a point at which a test may make an operation on sb fail, stop or lose its VM.
+func (s *Sandboxes) fault(sb *sandbox, point string) error {
+	if s.faults == nil {
+		return nil
+	}
+	return s.faults(sb.id, point)
+}
+
 // needSpace refuses new work when the disk could not take it: a clone's memory is written to disk as the
 // guest changes it, and a page that finds no room would cost its VM its life. So the whole memory of
 // every running sandbox counts as taken.
@@ -127,12 +138,16 @@ func (s *Sandboxes) needSpace(memoryMB int) error {
 // Create makes a sandbox and returns when its guest agent is ready. Repeating a create, also while it
 // is in progress, gives the first one's result; a failed create leaves nothing.
 func (s *Sandboxes) Create(ctx context.Context, req *agentv1.CreateSandboxRequest) (*agentv1.Sandbox, error) {
+	return s.createFrom(ctx, req, func(ctx context.Context, rec record) (origin, error) { return s.origin(ctx, rec, req.Source) })
+}
+
+func (s *Sandboxes) createFrom(ctx context.Context, req *agentv1.CreateSandboxRequest, from findOrigin) (*agentv1.Sandbox, error) {
 	if err := validateCreate(req); err != nil {
 		return nil, err
 	}
 	for {
 		sb := s.getOrAdd(req)
-		err := s.createOnce(ctx, sb, req)
+		err := s.createOnce(ctx, sb, req, from)
 		if errors.Is(err, errForgotten) {
 			continue // it was deleted, or its create failed, while this call waited
 		}
@@ -157,7 +172,7 @@ func (s *Sandboxes) getOrAdd(req *agentv1.CreateSandboxRequest) *sandbox {
 	return sb
 }
 
-func (s *Sandboxes) createOnce(ctx context.Context, sb *sandbox, req *agentv1.CreateSandboxRequest) error {
+func (s *Sandboxes) createOnce(ctx context.Context, sb *sandbox, req *agentv1.CreateSandboxRequest, from findOrigin) error {
 	return sb.do(ctx, req.OperationId, func(ctx context.Context) error {
 		if sb.forgotten() {
 			return errForgotten
@@ -169,7 +184,7 @@ func (s *Sandboxes) createOnce(ctx context.Context, sb *sandbox, req *agentv1.Cr
 		case rec.State == wrenn.SandboxRunning:
 			return nil
 		}
-		err := s.create(ctx, sb, req.Source)
+		err := s.create(ctx, sb, from)
 		if err != nil {
 			s.drop(sb)
 		}
@@ -191,13 +206,13 @@ func newRecord(req *agentv1.CreateSandboxRequest) record {
 }
 
 // create does the work of Create; the sandbox is in byID as creating.
-func (s *Sandboxes) create(ctx context.Context, sb *sandbox, src *agentv1.Source) (err error) {
+func (s *Sandboxes) create(ctx context.Context, sb *sandbox, find findOrigin) (err error) {
 	defer func() { err = diskFull(err) }()
 	rec := sb.snapshot()
 	if err := s.needSpace(rec.MemoryMB); err != nil {
 		return err
 	}
-	from, err := s.origin(ctx, rec, src)
+	from, err := find(ctx, rec)
 	if err != nil {
 		return err
 	}
@@ -242,7 +257,10 @@ func (s *Sandboxes) begin(ctx context.Context, sb *sandbox, from origin, u *undo
 	if err := s.store.Clone(ctx, from.machine.disk(), m.disk()); err != nil {
 		return fmt.Errorf("clone the disk of %s: %w", sb.snapshot().Template, err)
 	}
-	return s.launch(ctx, sb, from.machine, u)
+	if err := s.fault(sb, "create.cloned"); err != nil {
+		return err
+	}
+	return s.launch(ctx, sb, from.machine, from.shared, u)
 }
 
 // Delete removes a sandbox and all that belongs to it. Deleting what is not there succeeds.
@@ -259,13 +277,20 @@ func (s *Sandboxes) Delete(ctx context.Context, id, opID string) error {
 	})
 }
 
-func (s *Sandboxes) delete(ctx context.Context, sb *sandbox, opID string) error {
+func (s *Sandboxes) delete(ctx context.Context, sb *sandbox, opID string) (err error) {
+	defer func() { err = diskFull(err) }()
 	if sb.snapshot().State != wrenn.SandboxDeleting {
 		if err := s.transition(sb, func(r *record) { r.State, r.OperationID = wrenn.SandboxDeleting, opID }); err != nil {
 			return err
 		}
 	}
+	if err := s.fault(sb, "delete.begun"); err != nil {
+		return err
+	}
 	if err := s.teardown(ctx, sb); err != nil {
+		return err
+	}
+	if err := s.fault(sb, "delete.ended"); err != nil {
 		return err
 	}
 	if err := s.discard(sb.dir); err != nil {

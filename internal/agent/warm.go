@@ -204,7 +204,11 @@ func (s *Sandboxes) makeReady(ctx context.Context, sh shape) (ready *readyVM, er
 	if err != nil {
 		return nil, err
 	}
-	cfg.Restore, cfg.SharedMemory = &vm.SnapshotFiles{State: sh.template.state(), Memory: sh.template.memory()}, true
+	man, err := sh.template.load()
+	if err != nil {
+		return nil, err
+	}
+	cfg.Restore, cfg.SharedMemory = &vm.SnapshotFiles{State: sh.template.state(), Memory: sh.template.memory(), Driver: man.Driver}, true
 	if v.handle, err = s.driver.Start(ctx, cfg); err != nil {
 		return nil, err
 	}

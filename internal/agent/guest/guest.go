@@ -12,9 +12,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
@@ -33,27 +36,70 @@ type Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 type Client struct {
 	Transport *http.Transport
 	base      string
+
+	mu     sync.Mutex
+	open   map[*guestConn]struct{}
+	closed bool
 }
 
 // New makes a client of the guest at ip that dials with dial.
 func New(ip string, dial Dial) *Client {
-	return &Client{
-		base: "http://" + net.JoinHostPort(ip, strconv.Itoa(Port)),
-		Transport: &http.Transport{
-			DialContext:           dial,
-			MaxIdleConnsPerHost:   32,
-			IdleConnTimeout:       90 * time.Second,
-			DisableCompression:    true,
-			ResponseHeaderTimeout: 0, // a command may think as long as it likes
+	c := &Client{base: "http://" + net.JoinHostPort(ip, strconv.Itoa(Port)), open: map[*guestConn]struct{}{}}
+	c.Transport = &http.Transport{
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			conn, err := dial(ctx, network, addr)
+			if err != nil {
+				return nil, err
+			}
+			return c.keep(conn)
 		},
+		MaxIdleConnsPerHost:   32,
+		IdleConnTimeout:       90 * time.Second,
+		DisableCompression:    true,
+		ResponseHeaderTimeout: 0, // a command may think as long as it likes
 	}
+	return c
+}
+
+// guestConn is a connection that ends with its Client: nothing answers for a VM that is gone, not even
+// by a reset.
+type guestConn struct {
+	net.Conn
+	client *Client
+}
+
+func (c *Client) keep(conn net.Conn) (net.Conn, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil, errors.Join(errors.New("the virtual machine is gone"), conn.Close())
+	}
+	g := &guestConn{conn, c}
+	c.open[g] = struct{}{}
+	return g, nil
+}
+
+func (g *guestConn) Close() error {
+	g.client.mu.Lock()
+	delete(g.client.open, g)
+	g.client.mu.Unlock()
+	return g.Conn.Close()
 }
 
 // Host is the authority of the guest's URLs.
 func (c *Client) Host() string { return c.base[len("http://"):] }
 
-// Close drops idle connections.
-func (c *Client) Close() { c.Transport.CloseIdleConnections() }
+// Close ends all connections, also those in use: it is for a VM that ends.
+func (c *Client) Close() {
+	c.mu.Lock()
+	c.closed = true
+	open := slices.Collect(maps.Keys(c.open))
+	c.mu.Unlock()
+	for _, g := range open {
+		_ = g.Close()
+	}
+	c.Transport.CloseIdleConnections()
+}
 
 // Identity is what makes a guest itself. See envd's /init.
 type Identity struct {
@@ -175,7 +221,12 @@ func (c *Client) post(ctx context.Context, path, token string, body []byte) erro
 	return c.do(ctx, http.MethodPost, path, token, body)
 }
 
+// callTimeout bounds a call of an internal route: what it does in the guest takes milliseconds.
+const callTimeout = 30 * time.Second
+
 func (c *Client) do(ctx context.Context, method, path, token string, body []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, method, c.base+path, bytes.NewReader(body))
 	if err != nil {
 		return err

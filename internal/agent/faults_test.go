@@ -1,0 +1,405 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmproc"
+	"github.com/wrenn-sandbox/wrenn/internal/gen/agentv1"
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
+)
+
+// faultyOperation is an operation with the points at which it is made to fail.
+type faultyOperation struct {
+	name   string
+	points []string
+	paused bool // it is done on a paused sandbox
+	do     func(ctx context.Context, s *Sandboxes, v *victim) error
+}
+
+// victim is a sandbox under test. Its disk, its memory and a process say "first" at its checkpoint, "second" now.
+type victim struct {
+	id         string
+	checkpoint string
+}
+
+func newOp() string { return wrenn.NewID(wrenn.PrefixOperation) }
+
+var launchPoints = []string{"launch.started", "launch.recorded", "launch.woken", "launch.running", "launch.greeted"}
+
+var momentPoints = []string{"moment.begun", "moment.frozen", "moment.cloned", "moment.saved", "moment.named"}
+
+func faultyOperations() []faultyOperation {
+	return []faultyOperation{
+		{name: "pause", points: []string{"pause.begun", "pause.quiet", "pause.frozen", "pause.saved", "pause.ended"},
+			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
+				_, err := s.Pause(ctx, &agentv1.PauseSandboxRequest{Id: v.id, OperationId: newOp()})
+				return err
+			}},
+		{name: "pause of the disk", points: []string{"pause.disk", "pause.ended"},
+			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
+				_, err := s.Pause(ctx, &agentv1.PauseSandboxRequest{Id: v.id, OperationId: newOp(), DiskOnly: true})
+				return err
+			}},
+		{name: "resume", paused: true, points: append([]string{"resume.begun"}, launchPoints...),
+			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
+				_, err := s.Resume(ctx, v.id, newOp())
+				return err
+			}},
+		{name: "checkpoint", points: momentPoints,
+			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
+				_, err := s.Checkpoint(ctx, v.id, newOp(), wrenn.NewID(wrenn.PrefixCheckpoint))
+				return err
+			}},
+		{name: "snapshot", points: []string{"moment.frozen", "moment.named"},
+			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
+				_, err := s.SaveSnapshot(ctx, v.id, newOp(), wrenn.NewID(wrenn.PrefixSnapshot))
+				return err
+			}},
+		{name: "rollback", points: append([]string{"moment.frozen", "rollback.cloned", "rollback.begun", "rollback.frozen", "rollback.between", "rollback.swapped"}, launchPoints...),
+			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
+				_, err := s.Rollback(ctx, &agentv1.RollbackSandboxRequest{
+					Id: v.id, OperationId: newOp(), CheckpointId: v.checkpoint, KeepAs: wrenn.NewID(wrenn.PrefixCheckpoint),
+				})
+				return err
+			}},
+		{name: "rollback of a paused one", paused: true, points: []string{"rollback.between", "rollback.swapped", "launch.running"},
+			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
+				_, err := s.Rollback(ctx, &agentv1.RollbackSandboxRequest{Id: v.id, OperationId: newOp(), CheckpointId: v.checkpoint})
+				return err
+			}},
+		{name: "fork", points: []string{"moment.frozen", "moment.named", "fork.saved"},
+			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
+				child := &agentv1.ForkSandboxRequest_Child{Id: wrenn.NewID(wrenn.PrefixSandbox), OperationId: newOp()}
+				results, err := s.Fork(ctx, &agentv1.ForkSandboxRequest{Id: v.id, OperationId: newOp(), Children: []*agentv1.ForkSandboxRequest_Child{child}})
+				if err != nil {
+					return err
+				}
+				if results[0].Sandbox == nil {
+					return errors.New(results[0].ErrorMessage)
+				}
+				return s.Delete(ctx, child.Id, newOp())
+			}},
+		{name: "delete", points: []string{"delete.begun", "delete.ended"},
+			do: func(ctx context.Context, s *Sandboxes, v *victim) error { return s.Delete(ctx, v.id, newOp()) }},
+	}
+}
+
+// faultLab is a host with a snapshot that victims are made of, and faults by sandbox.
+type faultLab struct {
+	cfg      Config
+	s        *Sandboxes
+	crash    func()
+	snapshot string
+
+	mu     sync.Mutex
+	faults map[string]func(point string) error
+}
+
+func newFaultLab(t *testing.T) *faultLab {
+	t.Helper()
+	l := &faultLab{cfg: testConfig(t), faults: map[string]func(string) error{}, snapshot: wrenn.NewID(wrenn.PrefixSnapshot)}
+	l.cfg.WarmVMs = 0
+	l.open(t)
+	seed := create(t, l.s)
+	shell(t, l.s, seed.Id, marks("first")+"; sleep 100000 > /dev/null 2>&1 & echo $! > pid")
+	if _, err := l.s.SaveSnapshot(t.Context(), seed.Id, newOp(), l.snapshot); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.s.Delete(t.Context(), seed.Id, newOp()); err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func (l *faultLab) open(t *testing.T) {
+	t.Helper()
+	l.s, l.crash = open(t, l.cfg)
+	l.s.faults = func(id, point string) error {
+		l.mu.Lock()
+		fault := l.faults[id]
+		l.mu.Unlock()
+		if fault == nil {
+			return nil
+		}
+		return fault(point)
+	}
+}
+
+func (l *faultLab) arm(id string, fault func(point string) error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.faults[id] = fault
+}
+
+func marks(word string) string {
+	return fmt.Sprintf("echo %s > mark; sync mark; echo %s > /dev/shm/mark", word, word)
+}
+
+// victim makes one, in the state that the operation wants.
+func (l *faultLab) victim(t *testing.T, op faultyOperation) *victim {
+	t.Helper()
+	req := request()
+	req.Source = &agentv1.Source{Moment: &agentv1.Source_SnapshotId{SnapshotId: l.snapshot}}
+	v := &victim{id: req.Id, checkpoint: wrenn.NewID(wrenn.PrefixCheckpoint)}
+	if _, err := l.s.Create(t.Context(), req); err != nil {
+		t.Fatal(err)
+	}
+	if strings.HasPrefix(op.name, "rollback") {
+		if _, err := l.s.Checkpoint(t.Context(), v.id, newOp(), v.checkpoint); err != nil {
+			t.Fatal(err)
+		}
+	}
+	shell(t, l.s, v.id, marks("second"))
+	if op.paused {
+		if _, err := l.s.Pause(t.Context(), &agentv1.PauseSandboxRequest{Id: v.id, OperationId: newOp()}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return v
+}
+
+// settled waits until the sandbox is in a state that lasts. Nil: there is no such sandbox.
+func (l *faultLab) settled(t *testing.T, id string, want func(*agentv1.Sandbox) bool) *agentv1.Sandbox {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		sb, err := l.s.Get(id)
+		if wrenn.KindOf(err) == wrenn.KindNotFound {
+			return nil
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want(sb) {
+			return sb
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the sandbox stays %s: %s", sb.State, sb.Reason)
+		}
+	}
+}
+
+// vmLives is false as long as the agent has not noticed that it does not.
+func (l *faultLab) vmLives(t *testing.T, id string) bool {
+	t.Helper()
+	sb, err := l.s.get(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := sb.snapshot().VM
+	if h == nil {
+		return false
+	}
+	state, err := l.s.driver.Inspect(t.Context(), *h)
+	return err == nil && state != vm.StateGone
+}
+
+// check sees that the sandbox is wholly in its old state or in its new one, and can be worked with.
+func (l *faultLab) check(t *testing.T, op faultyOperation, v *victim, memoryMayGo bool) {
+	t.Helper()
+	if op.name == "delete" { // there is no way back: it can be done again until it is
+		if err := op.do(t.Context(), l.s, v); err != nil {
+			t.Errorf("it cannot be deleted: %v", err)
+		}
+		return
+	}
+	sb := l.settled(t, v.id, func(sb *agentv1.Sandbox) bool {
+		return sb.State == protoState[wrenn.SandboxPaused] || sb.State == protoState[wrenn.SandboxRunning] && l.vmLives(t, v.id)
+	})
+	if sb == nil {
+		t.Error("the sandbox is gone")
+		return
+	}
+	hadMemory := sb.State == protoState[wrenn.SandboxRunning] || sb.HasMemory
+	if !hadMemory && !memoryMayGo {
+		t.Errorf("the memory is lost: %s", sb.Reason)
+	}
+	if sb.State == protoState[wrenn.SandboxPaused] {
+		if _, err := l.s.Resume(t.Context(), v.id, newOp()); err != nil {
+			t.Fatalf("it cannot be resumed: %v", err)
+		}
+	}
+	disk := shell(t, l.s, v.id, "cat mark")
+	if disk != "second" && (disk != "first" || !strings.HasPrefix(op.name, "rollback")) {
+		t.Errorf("the disk says %q", disk)
+	}
+	if hadMemory {
+		if got := shell(t, l.s, v.id, "cat /dev/shm/mark; kill -0 $(cat pid) && echo alive"); got != disk+"\nalive" {
+			t.Errorf("the disk says %q, the memory %q", disk, got)
+		}
+	}
+	if _, err := l.s.Pause(t.Context(), &agentv1.PauseSandboxRequest{Id: v.id, OperationId: newOp()}); err != nil {
+		t.Errorf("it cannot be paused: %v", err)
+	}
+	if !op.paused {
+		if _, err := l.s.Resume(t.Context(), v.id, newOp()); err != nil {
+			t.Errorf("it cannot be resumed again: %v", err)
+		}
+	}
+	if err := op.do(t.Context(), l.s, v); err != nil {
+		t.Errorf("the operation cannot be done afterwards: %v", err)
+	}
+	if err := l.s.Delete(t.Context(), v.id, newOp()); err != nil {
+		t.Errorf("it cannot be deleted: %v", err)
+	}
+}
+
+// nothingLeft looks for what no sandbox owns.
+func (l *faultLab) nothingLeft(t *testing.T) {
+	t.Helper()
+	if list, _ := l.s.List(); len(list) > 0 {
+		t.Errorf("sandboxes are left: %v", list)
+	}
+	for _, dir := range []string{sandboxesDir, forksDir, warmDir, trashDir} {
+		entries, err := os.ReadDir(filepath.Join(l.cfg.Sandboxes, dir))
+		if err != nil || len(entries) > 0 {
+			t.Errorf("left in %s: %v, %v", dir, entries, err)
+		}
+	}
+	unfinishedOnes, err := filepath.Glob(filepath.Join(l.cfg.Sandboxes, "snapshots", "*"+unfinished))
+	if err != nil || len(unfinishedOnes) > 0 {
+		t.Errorf("unfinished snapshots: %v, %v", unfinishedOnes, err)
+	}
+	if killed, err := killOrphans(l.cfg, nil); killed > 0 || err != nil {
+		t.Errorf("%d VMMs of nobody, %v", killed, err)
+	}
+}
+
+// soaking says that there is time for all of it: make soak.
+func soaking() bool { return os.Getenv("WRENN_SOAK") != "" }
+
+// TestFaults makes every operation fail at every named point: by a full disk, by a disk that does not
+// work, by the end of its VM.
+func TestFaults(t *testing.T) {
+	l := newFaultLab(t)
+	t.Run("operations", func(t *testing.T) {
+		places := make(chan struct{}, 3) // VMs at a time
+		for _, op := range faultyOperations() {
+			for i, point := range op.points {
+				for kind, fault := range map[string]func(v *victim) error{
+					"ENOSPC": func(*victim) error { return fmt.Errorf("injected: %w", unix.ENOSPC) },
+					"EIO":    func(*victim) error { return fmt.Errorf("injected: %w", unix.EIO) },
+					"VMM":    func(v *victim) error { return l.killVMM(v.id) },
+				} {
+					if !soaking() && kind == []string{"ENOSPC", "EIO"}[i%2] {
+						continue // they take the same way back: one of them at each point, both in a soak
+					}
+					t.Run(strings.ReplaceAll(op.name+"/"+point+"/"+kind, " ", "_"), func(t *testing.T) {
+						t.Parallel()
+						places <- struct{}{}
+						defer func() { <-places }()
+						l.tryFault(t, op, point, kind, fault)
+					})
+				}
+			}
+		}
+	})
+	l.nothingLeft(t)
+}
+
+func (l *faultLab) tryFault(t *testing.T, op faultyOperation, point, kind string, fault func(v *victim) error) {
+	v := l.victim(t, op)
+	hits := 0
+	l.arm(v.id, func(at string) error {
+		if at != point || hits > 0 {
+			return nil
+		}
+		hits++
+		return fault(v)
+	})
+	err := op.do(t.Context(), l.s, v)
+	l.arm(v.id, nil)
+	if hits != 1 {
+		t.Fatalf("the point was passed %d times; the operation: %v", hits, err)
+	}
+	switch {
+	case kind == "ENOSPC" && wrenn.KindOf(err) != wrenn.KindDiskFull:
+		t.Errorf("a full disk is told as %v", err)
+	case kind == "EIO" && err == nil:
+		t.Error("the failure is not told")
+	}
+	l.check(t, op, v, kind == "VMM" || op.name == "pause of the disk")
+}
+
+// killVMM ends the sandbox's VM as the OOM killer would. A sandbox that has none has lost nothing.
+func (l *faultLab) killVMM(id string) error {
+	sb, err := l.s.get(id)
+	if err != nil {
+		return err
+	}
+	h := sb.snapshot().VM
+	if h == nil {
+		return nil
+	}
+	if err := syscall.Kill(h.PID, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+		return err
+	}
+	return l.s.driver.Wait(context.Background(), *h)
+}
+
+// TestCrashes ends the agent while operations are at each of their named points, and looks at what the
+// next agent makes of it.
+func TestCrashes(t *testing.T) {
+	l := newFaultLab(t)
+	type attempt struct {
+		op    faultyOperation
+		point string
+		v     *victim
+	}
+	var all []attempt
+	for _, op := range faultyOperations() {
+		for _, point := range op.points {
+			all = append(all, attempt{op, point, nil})
+		}
+	}
+	for part := range slices.Chunk(all, 12) { // so many VMs at a time
+		never := make(chan struct{}) // a dead agent does nothing any more, also no undoing
+		for i := range part {
+			a := &part[i]
+			a.v = l.victim(t, a.op)
+			reached := make(chan struct{})
+			l.arm(a.v.id, func(at string) error {
+				if at == a.point {
+					close(reached)
+					<-never
+				}
+				return nil
+			})
+			failed := make(chan error, 1)
+			go func(s *Sandboxes) { failed <- a.op.do(context.Background(), s, a.v) }(l.s)
+			select {
+			case <-reached:
+			case err := <-failed:
+				t.Fatalf("%s did not come to %s: %v", a.op.name, a.point, err)
+			}
+		}
+		l.crash()
+		l.faults = map[string]func(string) error{}
+		l.open(t)
+		for _, a := range part {
+			t.Run(strings.ReplaceAll(a.op.name+"/"+a.point, " ", "_"), func(t *testing.T) {
+				l.check(t, a.op, a.v, a.op.name == "pause of the disk")
+			})
+		}
+		l.nothingLeft(t)
+	}
+	hierarchy, err := vmproc.FindHierarchy()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if pids, err := hierarchy.Cgroup(cgroupParent(l.cfg), "").PIDs(); err != nil || len(pids) > 0 {
+		t.Errorf("processes left: %v, %v", pids, err)
+	}
+}
