@@ -102,5 +102,8 @@ chaos: export WRENN_CHAOS_FAULTS ?= 50
 chaos: test-inputs ## Kill parts at random (WRENN_CHAOS_FAULTS=50, WRENN_CHAOS_SEED), then look for what is lost or left over
 	$(TEST_RUN) -timeout 60m -count 1 ./test/chaos
 soak: export WRENN_CHAOS_FAULTS ?= 1000
-soak: test-inputs ## The same for hours
+soak: export WRENN_SOAK = 1
+soak: export WRENN_SOAK_ROUNDS ?= 50
+soak: test-inputs ## Faults at every point, checksums of memory and disk (WRENN_SOAK_ROUNDS=50), and chaos, for hours
+	$(TEST_RUN) -timeout 12h -count 1 -run 'TestFaults|TestCrashes|TestIntegrity' ./internal/agent
 	$(TEST_RUN) -timeout 12h -count 1 ./test/chaos
