@@ -77,7 +77,11 @@ func (s *Sandboxes) adoptOne(ctx context.Context, dir string) error {
 	case wrenn.SandboxCreating, wrenn.SandboxDeleting:
 		return s.finishRemoval(ctx, sb)
 	case wrenn.SandboxRunning:
-		return s.adoptRunning(ctx, sb)
+		if err := s.adoptRunning(ctx, sb); err != nil {
+			return err
+		}
+		s.watchers.Go(func() { s.wakeGuest(sb) })
+		return nil
 	case wrenn.SandboxPausing, wrenn.SandboxResuming:
 		return s.adoptChanging(ctx, sb)
 	case wrenn.SandboxPaused:
@@ -163,7 +167,6 @@ func (s *Sandboxes) adoptRunning(ctx context.Context, sb *sandbox) error {
 		}
 	}
 	s.attach(sb, slot, handle)
-	s.watchers.Go(func() { s.wakeGuest(sb) })
 	s.log.Info("took over a running sandbox", "sandbox", sb.id, "pid", handle.PID)
 	return nil
 }

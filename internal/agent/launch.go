@@ -124,9 +124,12 @@ func (s *Sandboxes) greet(ctx context.Context, sb *sandbox) error {
 	rec := sb.snapshot()
 	id := s.identity(&rec)
 	err := client.Init(ctx, rec.AccessToken, id)
-	if err != nil && ctx.Err() == nil {
+	if err != nil && rec.NextToken != "" && ctx.Err() == nil {
 		// An agent that died right here may have told the guest already.
-		err = client.Init(ctx, rec.NextToken, id)
+		if again := client.Init(ctx, rec.NextToken, id); again != nil {
+			return errors.Join(err, again)
+		}
+		return nil
 	}
 	return err
 }

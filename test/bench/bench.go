@@ -29,7 +29,7 @@ const smallMB = 256
 // partBudget is after how long a part ends its repetitions early: on a busy machine fewer figures are better
 // than none of the parts that come after.
 const (
-	partBudget = 40 * time.Second
+	partBudget = 90 * time.Second
 	fewestRuns = 3
 )
 

@@ -10,7 +10,7 @@ import (
 )
 
 const (
-	createRuns   = 20
+	createRuns   = 50
 	createAtOnce = 10
 	createRounds = 2 // of createAtOnce
 	firstWord    = "ready"

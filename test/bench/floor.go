@@ -161,29 +161,51 @@ func (l *lab) boot(ctx context.Context, kernel string, net int, image string, hw
 	if initrd := filepath.Join(filepath.Dir(kernel), "initramfs.img"); exists(initrd) {
 		args = append(args, "-initrd", initrd)
 	}
-	return startFloor(ctx, dir, l.nets[net], hw, args, nil)
+	return startFloor(ctx, dir, l.nets[net], hw, ram{filepath.Join(dir, "memory"), false}, args, nil)
 }
 
-// restore continues a template in a clone of it.
+// ram is the file that is mapped as a VM's memory, and whether what the VM writes goes into it.
+type ram struct {
+	path   string
+	shared bool
+}
+
+// restore continues a template with a clone of its disk, on its memory as it is: the fastest there is.
 func (l *lab) restore(ctx context.Context, net int, template string, hw hardware) (*floorVM, error) {
+	return l.continueTemplate(ctx, net, template, hw, func(string) ram { return ram{filepath.Join(template, "memory"), false} })
+}
+
+// restoreShared continues a template so that its memory is in a file of its own at any time: to save it
+// then takes only the state of the devices.
+func (l *lab) restoreShared(ctx context.Context, net int, template string, hw hardware) (*floorVM, error) {
+	return l.continueTemplate(ctx, net, template, hw, func(dir string) ram { return ram{filepath.Join(dir, "memory"), true} })
+}
+
+func (l *lab) continueTemplate(ctx context.Context, net int, template string, hw hardware, memory func(dir string) ram) (*floorVM, error) {
 	dir, err := os.MkdirTemp(l.dir, "vm-")
 	if err != nil {
 		return nil, err
 	}
-	if err := command(ctx, "cp", "--reflink=always", filepath.Join(template, "disk.ext4"), filepath.Join(template, "memory"), dir); err != nil {
+	if err := command(ctx, "cp", "--reflink=always", filepath.Join(template, "disk.ext4"), dir); err != nil {
 		return nil, err
+	}
+	mapped := memory(dir)
+	if mapped.shared {
+		if err := command(ctx, "cp", "--reflink=always", filepath.Join(template, "memory"), dir); err != nil {
+			return nil, err
+		}
 	}
 	state, _, err := openState(template)
 	if err != nil {
 		return nil, err
 	}
 	defer state.Close()
-	return l.resume(ctx, dir, net, state, hw)
+	return l.resume(ctx, dir, net, state, hw, mapped)
 }
 
 // resume continues the machine in dir from its device state.
-func (l *lab) resume(ctx context.Context, dir string, net int, state *os.File, hw hardware) (*floorVM, error) {
-	vm, err := startFloor(ctx, dir, l.nets[net], hw, []string{"-incoming", "defer"}, []*os.File{state})
+func (l *lab) resume(ctx context.Context, dir string, net int, state *os.File, hw hardware, memory ram) (*floorVM, error) {
+	vm, err := startFloor(ctx, dir, l.nets[net], hw, memory, []string{"-incoming", "defer"}, []*os.File{state})
 	if err != nil {
 		return nil, err
 	}
@@ -207,7 +229,7 @@ type floorVM struct {
 }
 
 // startFloor starts QEMU in a namespace. files become its descriptors from 4 on; 3 is the monitor.
-func startFloor(ctx context.Context, dir, namespace string, hw hardware, args []string, files []*os.File) (vm *floorVM, err error) {
+func startFloor(ctx context.Context, dir, namespace string, hw hardware, memory ram, args []string, files []*os.File) (vm *floorVM, err error) {
 	socket := filepath.Join(dir, "qmp")
 	if err := os.RemoveAll(socket); err != nil { // of a QEMU that ran here before
 		return nil, err
@@ -228,7 +250,7 @@ func startFloor(ctx context.Context, dir, namespace string, hw hardware, args []
 		return nil, err
 	}
 	defer log.Close()
-	vm = &floorVM{dir: dir, cmd: exec.CommandContext(context.Background(), "qemu-system-x86_64", hw.arguments(dir, args)...)}
+	vm = &floorVM{dir: dir, cmd: exec.CommandContext(context.Background(), "qemu-system-x86_64", hw.arguments(dir, memory, args)...)}
 	vm.cmd.Stdout, vm.cmd.Stderr = log, log
 	vm.cmd.ExtraFiles = append([]*os.File{qmp}, files...)
 	path := "/run/netns/" + namespace
@@ -242,7 +264,11 @@ func startFloor(ctx context.Context, dir, namespace string, hw hardware, args []
 	return vm, nil
 }
 
-func (hw hardware) arguments(dir string, more []string) []string {
+func (hw hardware) arguments(dir string, memory ram, more []string) []string {
+	share := "off"
+	if memory.shared {
+		share = "on"
+	}
 	accel := []string{"-accel", "tcg,thread=multi,tb-size=128", "-cpu", "max"}
 	if hw.kvm {
 		accel = []string{"-accel", "kvm", "-cpu", "host"}
@@ -250,7 +276,7 @@ func (hw hardware) arguments(dir string, more []string) []string {
 	args := append([]string{
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
 		"-M", "microvm,acpi=on,rtc=on,isa-serial=on,memory-backend=ram", "-smp", "1", "-m", fmt.Sprintf("%dM", hw.memoryMB),
-		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,mem-path=%s,share=on,dump=off", hw.memoryMB, filepath.Join(dir, "memory")),
+		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,mem-path=%s,share=%s,dump=off,merge=off", hw.memoryMB, memory.path, share),
 		"-chardev", "socket,id=monitor,fd=3,server=on,wait=off", "-mon", "chardev=monitor,mode=control",
 		"-chardev", "file,id=console,path=" + filepath.Join(dir, "console"), "-serial", "chardev:console",
 		"-blockdev", "driver=raw,node-name=disk0,discard=unmap,file.driver=file,file.filename=" + filepath.Join(dir, "disk.ext4"),

@@ -114,7 +114,7 @@ func (b *bench) pauseFloor(ctx context.Context, memoryMB int) (paused, resumed s
 		return paused, resumed, err
 	}
 	defer func() { err = errors.Join(err, l.close()) }()
-	vm, err := l.restore(ctx, 0, template, hw)
+	vm, err := l.restoreShared(ctx, 0, template, hw)
 	if err != nil {
 		return paused, resumed, err
 	}
@@ -153,5 +153,5 @@ func (l *lab) again(ctx context.Context, dir, state string, hw hardware) (*floor
 		return nil, err
 	}
 	defer f.Close()
-	return l.resume(ctx, dir, 0, f, hw)
+	return l.resume(ctx, dir, 0, f, hw, ram{filepath.Join(dir, "memory"), true})
 }

@@ -4,6 +4,7 @@ package guest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/base64"
@@ -141,7 +142,7 @@ func (c *Client) Init(ctx context.Context, currentToken string, id Identity) err
 	if err := c.post(ctx, "/init", currentToken, body); err != nil || time.Since(began) <= clockTolerance {
 		return err
 	}
-	return c.SyncClock(ctx, id.Token)
+	return c.SyncClock(ctx, cmp.Or(id.Token, currentToken))
 }
 
 // Freeze stops user processes until the next Init or Thaw.
