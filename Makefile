@@ -75,6 +75,7 @@ TEST_RUN := go run ./test/run -p 2
 test-inputs:
 	@bash scripts/install.sh test
 	@$(MAKE) --no-print-directory build images
+test: export AGENT_WARM_VMS ?= 1
 test: test-inputs ## Run all tests: unit, with real PostgreSQL and Redis, in real virtual machines
 	$(TEST_RUN) -timeout 30m ./...
 test-firecracker: export FIRECRACKER_BIN ?=

@@ -41,6 +41,9 @@ func (s *Sandboxes) adopt(ctx context.Context, cfg Config) error {
 	if err := s.net.Sweep(ctx); err != nil {
 		return fmt.Errorf("remove left-over network namespaces: %w", err)
 	}
+	if err := s.dropUnfinished(s.snapshots); err != nil {
+		return err
+	}
 	return errors.Join(empty(filepath.Join(s.dir, warmDir)), empty(filepath.Join(s.dir, forksDir)), empty(filepath.Join(s.dir, trashDir)))
 }
 
@@ -68,6 +71,9 @@ func (s *Sandboxes) adoptOne(ctx context.Context, dir string) error {
 	}
 	sb := &sandbox{id: rec.ID, dir: dir, rec: *rec}
 	s.byID[rec.ID] = sb
+	if err := s.dropUnfinished(filepath.Join(dir, checkpointsDir)); err != nil {
+		return err
+	}
 	if rec.Before == nil { // rests of a rollback that was done
 		if err := errors.Join(s.discard(sb.old().dir()), s.discard(sb.next().dir())); err != nil {
 			return err
@@ -181,6 +187,15 @@ func (s *Sandboxes) wakeGuest(sb *sandbox) {
 	if err := client.SyncClock(s.life, token); err != nil && s.life.Err() == nil {
 		s.log.Warn("a guest that was taken over does not answer", "sandbox", sb.id, "err", err)
 	}
+}
+
+// dropUnfinished removes moments that were being written.
+func (s *Sandboxes) dropUnfinished(dir string) error {
+	paths, err := filepath.Glob(filepath.Join(dir, "*"+unfinished))
+	for _, path := range paths {
+		err = errors.Join(err, s.discard(path))
+	}
+	return err
 }
 
 // empty removes what is in a directory.

@@ -35,6 +35,7 @@ func newMetrics(reg *prometheus.Registry, st *store.Store, f *fleet.Fleet) *metr
 		get  func() int64
 	}{
 		"wrenn_sandboxes_created_total":       {"Sandboxes that this process saw come up.", stats.Created.Load},
+		"wrenn_sandboxes_created_cold_total":  {"Those of them that had to be booted, their template's first.", stats.CreatedCold.Load},
 		"wrenn_sandbox_create_failures_total": {"Creates that failed on a host.", stats.CreateFailures.Load},
 		"wrenn_sandboxes_deleted_total":       {"Sandboxes that this process saw go.", stats.Deleted.Load},
 		"wrenn_placement_failures_total":      {"Creates for which no host had room.", stats.PlacementFailures.Load},

@@ -46,6 +46,9 @@ func (f *Fleet) finishCreate(ctx context.Context, row db.Sandbox) error {
 // writeCreated writes that a host has made the sandbox of a row in `creating`.
 func (f *Fleet) writeCreated(ctx context.Context, row db.Sandbox, made *agentv1.Sandbox) error {
 	f.stats.Created.Add(1)
+	if made.GetCold() {
+		f.stats.CreatedCold.Add(1)
+	}
 	started := made.GetStartedAt().AsTime()
 	if made.GetStartedAt() == nil {
 		started = time.Now()

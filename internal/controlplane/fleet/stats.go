@@ -4,7 +4,7 @@ import "sync/atomic"
 
 // Stats count what the fleet did since the process started.
 type Stats struct {
-	Created, CreateFailures, Deleted, PlacementFailures, TakenOver, Unknown, Heartbeats atomic.Int64
+	Created, CreatedCold, CreateFailures, Deleted, PlacementFailures, TakenOver, Unknown, Heartbeats atomic.Int64
 }
 
 // Stats gives the live counters.

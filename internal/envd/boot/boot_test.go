@@ -3,6 +3,7 @@ package boot
 import (
 	"encoding/binary"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"strings"
@@ -29,6 +30,37 @@ func TestHostsWith(t *testing.T) {
 	}
 	if again := hostsWith(got, "new"); again != got {
 		t.Errorf("not the same twice: %q", again)
+	}
+}
+
+func TestNewHostKeys(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "etc", "ssh")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := newHostKeys(dir, filepath.Join(dir, "no.pid")); err != nil {
+		t.Fatal(err)
+	}
+	if made, err := filepath.Glob(filepath.Join(dir, "*")); err != nil || len(made) > 0 {
+		t.Errorf("a guest without keys got %v, %v", made, err)
+	}
+	if _, err := exec.LookPath("ssh-keygen"); err != nil {
+		t.Skip("needs ssh-keygen")
+	}
+	key := filepath.Join(dir, "ssh_host_ed25519_key")
+	for _, path := range []string{key, key + ".pub"} {
+		if err := os.WriteFile(path, []byte("of the original"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := newHostKeys(dir, filepath.Join(dir, "no.pid")); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{key, key + ".pub"} {
+		if b, err := os.ReadFile(path); err != nil || strings.Contains(string(b), "original") {
+			t.Errorf("%s: %q, %v", filepath.Base(path), b, err)
+		}
 	}
 }
 

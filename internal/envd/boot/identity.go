@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 	"unsafe"
@@ -44,7 +47,10 @@ func Assume(id Identity) error {
 		try("host name", setHostname(id.Hostname))
 	}
 	if id.MachineID != "" {
-		try("machine id", replaceFile("/etc/machine-id", id.MachineID+"\n", 0o444))
+		if old, _ := os.ReadFile("/etc/machine-id"); strings.TrimSpace(string(old)) != id.MachineID { // another machine than before
+			try("machine id", replaceFile("/etc/machine-id", id.MachineID+"\n", 0o444))
+			try("SSH host keys", newHostKeys("/etc/ssh", "/run/sshd.pid"))
+		}
 	}
 	if len(id.Nameservers) > 0 {
 		try("resolvers", setResolvers(id.Nameservers))
@@ -115,4 +121,32 @@ func restoreHostname() error {
 		return err
 	}
 	return unix.Sethostname([]byte(strings.TrimSpace(string(raw))))
+}
+
+// newHostKeys replaces the keys by which an SSH server proves who it is, in a guest that has any: a clone
+// must not be able to pass for the one it was copied from. A server that runs is told to read the new ones.
+func newHostKeys(dir, pidFile string) error {
+	old, err := filepath.Glob(filepath.Join(dir, "ssh_host_*_key*"))
+	if err != nil || len(old) == 0 {
+		return err
+	}
+	for _, path := range old {
+		if err := os.Remove(path); err != nil {
+			return err
+		}
+	}
+	// -A makes one of each kind that is missing, in the etc/ssh below the -f prefix.
+	prefix := filepath.Dir(filepath.Dir(dir))
+	if out, err := exec.Command("ssh-keygen", "-A", "-f", prefix).CombinedOutput(); err != nil {
+		return fmt.Errorf("ssh-keygen: %w: %s", err, out)
+	}
+	raw, err := os.ReadFile(pidFile)
+	if err != nil {
+		return nil //nolint:nilerr // no server runs
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(raw)))
+	if err != nil || pid <= 1 {
+		return nil //nolint:nilerr // nor does it
+	}
+	return unix.Kill(pid, unix.SIGHUP)
 }
