@@ -260,7 +260,7 @@ func (l *faultLab) check(t *testing.T, op faultyOperation, v *victim, memoryMayG
 func (l *faultLab) nothingLeft(t *testing.T) {
 	t.Helper()
 	if list, _ := l.s.List(); len(list) > 0 {
-		t.Errorf("sandboxes are left: %v", list)
+		t.Errorf("%d sandboxes are left, the first: %v", len(list), list[0])
 	}
 	for _, dir := range []string{sandboxesDir, forksDir, warmDir, trashDir} {
 		entries, err := os.ReadDir(filepath.Join(l.cfg.Sandboxes, dir))
