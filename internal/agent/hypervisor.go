@@ -34,7 +34,7 @@ func probeHypervisors(ctx context.Context, cfg Config, log *slog.Logger) (hyperv
 		return h, ctx.Err()
 	}
 	if !h.firecracker.Works && h.qemuErr != nil {
-		return h, h.qemuErr
+		return h, wrenn.Wrap(h.qemuErr, wrenn.KindOf(h.qemuErr), "%s. Nor can Firecracker be used: %s", wrenn.Public(h.qemuErr).Message, h.firecracker.Reason)
 	}
 	return h, nil
 }

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmtest"
 	wrenn "github.com/wrenn-sandbox/wrenn/sdk/go"
 	"github.com/wrenn-sandbox/wrenn/test/stack"
 )
@@ -42,7 +43,7 @@ func run(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), vmtest.Stretch(3*time.Minute))
 	defer cancel()
 	s, err := stack.Start(ctx, in, dir, "CP_HOST_CREDENTIALS="+credentials.String())
 	if err != nil {
@@ -67,7 +68,7 @@ func start(t *testing.T) (context.Context, *stack.Stack) {
 	if env.stack == nil {
 		t.Skip(env.reason)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), vmtest.Stretch(4*time.Minute))
 	t.Cleanup(cancel)
 	return ctx, env.stack
 }
@@ -80,7 +81,7 @@ func sandbox(ctx context.Context, t *testing.T, s *stack.Stack, o wrenn.SandboxO
 		t.Fatalf("create: %v", err)
 	}
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), vmtest.Stretch(time.Minute))
 		defer cancel()
 		if _, err := sb.Delete(ctx); err != nil && !wrenn.IsNotFound(err) {
 			t.Errorf("delete %s: %v", sb.ID, err)
@@ -137,7 +138,7 @@ func TestTwoSandboxesAreNotTwins(t *testing.T) {
 	if _, err := fmt.Sscan(shell(ctx, t, b, "date +%s%3N"), &clock); err != nil {
 		t.Fatal(err)
 	}
-	const tolerance = 50 * time.Millisecond
+	tolerance := vmtest.Stretch(50 * time.Millisecond)
 	if at := time.UnixMilli(clock); at.Before(before.Add(-tolerance)) || at.After(time.Now().Add(tolerance)) {
 		t.Errorf("the guest says %v; it was asked at %v and answered at %v", at, before, time.Now())
 	}
@@ -215,7 +216,7 @@ func TestIdleSandboxesArePausedOrKilled(t *testing.T) {
 	if _, err := busy.Background(ctx, wrenn.ExecOptions{Cmd: "sleep", Args: []string{"1000"}}); err != nil {
 		t.Fatal(err)
 	}
-	err := stack.Eventually(ctx, time.Minute, func() error {
+	err := stack.Eventually(ctx, vmtest.Stretch(time.Minute), func() error {
 		if err := pause.Refresh(ctx); err != nil {
 			return err
 		}

@@ -18,6 +18,8 @@ mkdir -p /payload/results
 . /payload/environment
 bash /payload/suites.sh /payload /payload/results
 echo done >/payload/results/done
+kill -9 -1
+sleep 1
 umount /payload || { sync; mount -o remount,ro /payload; }
 sync
 echo o >/proc/sysrq-trigger

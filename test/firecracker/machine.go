@@ -26,7 +26,7 @@ var suiteScript = suiteFunctions + runs()
 func runs() string {
 	var b strings.Builder
 	for _, s := range suites() {
-		fmt.Fprintf(&b, "run %s %q\n", s.name, s.only)
+		fmt.Fprintf(&b, "run %s %q %q\n", s.name, s.only, s.skip)
 	}
 	return b.String()
 }
@@ -69,6 +69,11 @@ func inMachine(ctx context.Context, dir, stage, results string) error {
 	}
 	if err := os.MkdirAll(results, 0o755); err != nil {
 		return err
+	}
+	// The journal is replayed, in case the machine could not unmount; 1 says that something was repaired.
+	var exit *exec.ExitError
+	if err := exec.CommandContext(ctx, "e2fsck", "-p", payload).Run(); err != nil && (!errors.As(err, &exit) || exit.ExitCode() > 1) {
+		return fmt.Errorf("e2fsck: %w", err)
 	}
 	if err := command(ctx, "debugfs", "-R", "rdump /results "+filepath.Dir(results), payload); err != nil {
 		return err

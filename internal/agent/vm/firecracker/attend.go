@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -41,7 +42,8 @@ func (d *Driver) attend(h vm.Handle) {
 	d.attended[*process(h)] = true
 	log := d.opts.Log.With("pid", h.PID)
 	var others []*os.File
-	for name, line := range map[string]func(*slog.Logger, []byte){logFile: logLine, metricsFile: logMetrics} {
+	warnings := &warnings{}
+	for name, line := range map[string]func(*slog.Logger, []byte){logFile: warnings.logLine, metricsFile: logMetrics} {
 		f, err := openFIFO(filepath.Join(workDir(h), name), unix.O_RDWR)
 		if err != nil {
 			log.Warn("cannot read what the VMM writes", "what", name, "err", err)
@@ -89,10 +91,25 @@ func readLines(f *os.File, line func([]byte)) {
 	}
 }
 
-// logLine passes a line of Firecracker's log on. It warns of every access to a port that its machine does not have,
-// which a guest may do all day.
-func logLine(log *slog.Logger, line []byte) {
-	if strings.Contains(string(line), ":ERROR") {
+// warnings bounds what the agent's log gets of a VM: a guest can make Firecracker say a lot, by accesses to ports that
+// its machine does not have, or by printing while no agent is there.
+type warnings struct {
+	until time.Time
+	left  int
+}
+
+const (
+	warningsEvery = time.Minute
+	warningsMost  = 5
+)
+
+// logLine passes a line of Firecracker's log on.
+func (w *warnings) logLine(log *slog.Logger, line []byte) {
+	if now := time.Now(); now.After(w.until) {
+		w.until, w.left = now.Add(warningsEvery), warningsMost
+	}
+	if w.left > 0 && strings.Contains(string(line), ":ERROR") {
+		w.left--
 		log.Warn("firecracker", "says", string(line))
 		return
 	}

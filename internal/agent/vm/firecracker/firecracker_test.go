@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmproc"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmtest"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmtest/lab"
 )
@@ -138,4 +139,25 @@ func TestVMOutlivesTheAgentThatWasKilled(t *testing.T) {
 	opts := l.opts
 	opts.Log = nil
 	l.OutlivesItsAgent(t, cfg, childSpec{l.verdict, opts, cfg}, l.driver)
+}
+
+func TestWalls(t *testing.T) {
+	l := newLab(t)
+	d := New(l.verdict, l.opts)
+	place := func(cfg vm.Config, program string) vmproc.Spec {
+		s := &starting{driver: d, cfg: cfg, binary: d.binaries[0]}
+		binds, err := s.prepare(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := s.undo(); err != nil {
+				t.Error(err)
+			}
+		})
+		s.binary.Path = program
+		return s.spec(binds)
+	}
+	// The jailer gives its root directory to the VMM: that may fill it, which costs its own memory.
+	l.Walls(t, d, place, "/", "/run", "/dev", "/dev/kvm", "/dev/net/tun", "/dev/urandom", "/dev/userfaultfd")
 }

@@ -67,8 +67,14 @@ func Probe(ctx context.Context, opts ProbeOptions) (Verdict, error) {
 		kept.Binaries = binaries
 		return kept, nil
 	}
-	begun := time.Now()
-	err = boot(ctx, v, opts)
+	var begun time.Time
+	// What is found is remembered, so a boot that only a busy host spoiled gets a second chance.
+	for range 2 {
+		begun = time.Now()
+		if err = boot(ctx, v, opts); err == nil || ctx.Err() != nil {
+			break
+		}
+	}
 	switch {
 	case ctx.Err() != nil:
 		return Verdict{}, ctx.Err()

@@ -182,3 +182,17 @@ func TestProbe(t *testing.T) {
 		t.Error("a QEMU that is not installed was found")
 	}
 }
+
+func TestWalls(t *testing.T) {
+	l := newLab(t)
+	kvm := "/dev/kvm" // which it has where QEMU uses it
+	if _, err := os.Stat(kvm); err != nil {
+		kvm = ""
+	}
+	place := func(cfg vm.Config, program string) vmproc.Spec {
+		j := jail(cfg.Dir, l.verdict.Binary, kvm)
+		j.Binds = append(j.Binds, vmproc.Bind{From: program, To: "/program"})
+		return vmproc.Spec{Path: "/program", UID: cfg.UID, GID: cfg.GID, NetnsPath: cfg.Net.NetnsPath, Jail: j}
+	}
+	l.Walls(t, l.driver(), place, "/etc/ld.so.cache", "/usr/lib", "/lib", "/dev/null", kvm)
+}

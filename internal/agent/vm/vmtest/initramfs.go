@@ -30,7 +30,11 @@ func Kernel() (string, error) {
 
 // BuildInitramfs makes an initramfs of the suite's guest and the modules of the kernel, in dir.
 func BuildInitramfs(ctx context.Context, dir, kernel string) (string, error) {
-	program, err := buildGuest(ctx, dir)
+	guest, err := BuildGuest(ctx, dir)
+	if err != nil {
+		return "", err
+	}
+	program, err := os.ReadFile(guest)
 	if err != nil {
 		return "", err
 	}
@@ -66,10 +70,11 @@ func BuildInitramfs(ctx context.Context, dir, kernel string) (string, error) {
 // GuestEnv names the suite's guest where it was built already, for machines without a compiler.
 const GuestEnv = "WRENN_TEST_GUEST"
 
-// buildGuest builds the program that is the suite's guest and returns it.
-func buildGuest(ctx context.Context, dir string) ([]byte, error) {
+// BuildGuest builds the program that is the suite's guest, in dir, and returns its path. Told to look around, it tells
+// what it can reach where it is run.
+func BuildGuest(ctx context.Context, dir string) (string, error) {
 	if path := os.Getenv(GuestEnv); path != "" {
-		return os.ReadFile(path)
+		return path, nil
 	}
 	_, file, _, _ := runtime.Caller(0)
 	init := filepath.Join(dir, "init")
@@ -77,9 +82,9 @@ func buildGuest(ctx context.Context, dir string) ([]byte, error) {
 	build.Dir = filepath.Join(filepath.Dir(file), "guest")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
 	if out, err := build.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build the test guest: %w: %s", err, out)
+		return "", fmt.Errorf("build the test guest: %w: %s", err, out)
 	}
-	return os.ReadFile(init)
+	return init, nil
 }
 
 // entry appends a file in the kernel's "newc" cpio format (Documentation/driver-api/early-userspace).

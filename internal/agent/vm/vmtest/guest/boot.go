@@ -74,7 +74,7 @@ func loadModules() error {
 		return err
 	}
 	done := map[string]bool{}
-	for _, name := range []string{"virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng"} {
+	for _, name := range []string{"virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon"} {
 		if err := load(name, files, done); err != nil {
 			return err
 		}

@@ -13,6 +13,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -35,6 +36,10 @@ type machine struct {
 }
 
 func main() {
+	if i := slices.Index(os.Args, "look-around"); i >= 0 {
+		lookAround(os.Args[i+1:])
+		return
+	}
 	if err := boot(); err != nil {
 		fmt.Println("guest: boot failed:", err)
 		powerOff()

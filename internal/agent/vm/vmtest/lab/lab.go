@@ -43,7 +43,8 @@ type Lab struct {
 // labs counts them, for names of their own.
 var labs atomic.Int32 //nolint:gochecknoglobals // tests of one program share the host
 
-// New skips where no VM can be run, or a program is missing, and cleans up after the whole test.
+// New skips where no VM can be run, or a program is missing, and cleans up after the whole test. Its networks have no
+// way out.
 func New(t testing.TB, programs ...string) *Lab {
 	t.Helper()
 	if testing.Short() {
