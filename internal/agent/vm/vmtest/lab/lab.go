@@ -40,6 +40,9 @@ type Lab struct {
 	slots map[string]*network.Slot // by Config.Dir
 }
 
+// slots is how many VMs a lab can have at a time.
+const slots = 64
+
 // labs counts them, for names of their own.
 var labs atomic.Int32 //nolint:gochecknoglobals // tests of one program share the host
 
@@ -79,7 +82,9 @@ func New(t testing.TB, programs ...string) *Lab {
 	}
 	name := fmt.Sprintf("q%d%c", os.Getpid()%1_000_000, 'a'+labs.Add(1))
 	l.CgroupParent = "wrenn-" + name
-	if l.pool, err = network.Open(t.Context(), network.Options{Name: name, Slots: 64, BaseUID: 760_000}); err != nil {
+	// Labs of other test programs on this machine have VMMs, too, which would see each other by a uid in common.
+	uid := 200_000_000 + os.Getpid()*256 + int(labs.Load())*slots
+	if l.pool, err = network.Open(t.Context(), network.Options{Name: name, Slots: slots, BaseUID: uid}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.close(t, name) })
