@@ -71,7 +71,7 @@ export WRENN_TEST_KERNEL := $(CURDIR)/.wrenn/kernels/vmlinuz
 export WRENN_TEST_IMAGES := $(CURDIR)/.wrenn/images
 TEST_RUN := go run ./test/run -p 2
 
-.PHONY: test-inputs test test-firecracker check check-generated fmt-check vet lint fuzz bench chaos soak
+.PHONY: test-inputs test test-firecracker test-attack check check-generated fmt-check vet lint fuzz bench chaos soak
 test-inputs:
 	@bash scripts/install.sh test
 	@$(MAKE) --no-print-directory build images
@@ -83,6 +83,8 @@ test-firecracker: export JAILER_BIN ?=
 test-firecracker: ## The same with a real Firecracker (FIRECRACKER_BIN=… JAILER_BIN=…), in an emulated machine where there is no KVM
 	@[ -z "$(FIRECRACKER_BIN)" ] || $(MAKE) --no-print-directory test-inputs
 	@go run ./test/firecracker
+test-attack: test-inputs ## Attack from within a sandbox and hold its neighbour's latency against it; on a quiet machine
+	WRENN_TEST_ATTACK=1 $(TEST_RUN) -timeout 60m -count 1 -run TestNeighbourUnderAttack ./test/e2e
 check: check-generated fmt-check vet lint test ## Everything CI checks
 check-generated:
 	@bash scripts/check-generated.sh

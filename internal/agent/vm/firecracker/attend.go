@@ -118,15 +118,19 @@ func (w *warnings) logLine(log *slog.Logger, line []byte) {
 
 // logMetrics passes on those counters that tell of trouble. Firecracker writes all of them once a minute.
 func logMetrics(log *slog.Logger, line []byte) {
-	var m map[string]map[string]json.Number
-	if err := json.Unmarshal(line, &m); err != nil {
-		return // cut off, or of another shape: counters are no promise of Firecracker's
+	var groups map[string]json.RawMessage
+	if err := json.Unmarshal(line, &groups); err != nil {
+		return // cut off
 	}
 	var told []any
-	for group, counters := range m {
-		for name, n := range counters {
-			if trouble(name) && n != "0" {
-				told = append(told, slog.String(group+"."+name, n.String()))
+	for group, raw := range groups {
+		var counters map[string]any // numbers, but for aggregates
+		if json.Unmarshal(raw, &counters) != nil {
+			continue // the time stamp
+		}
+		for name, value := range counters {
+			if n, ok := value.(float64); ok && n != 0 && trouble(name) {
+				told = append(told, slog.Float64(group+"."+name, n))
 			}
 		}
 	}
