@@ -123,23 +123,26 @@ func (s *Sandboxes) harden(sb *sandbox) {
 		return
 	}
 	s.watchers.Go(func() {
-		err := sb.machine().syncFiles()
-		if err == nil {
-			err = sb.do(s.life, wrenn.NewID(wrenn.PrefixOperation), func(context.Context) error {
-				now := sb.snapshot()
-				if sb.forgotten() || now.Revision != rec.Revision || s.life.Err() != nil {
-					return nil // it went on meanwhile
-				}
-				if err := sb.machine().markDurable(); err != nil {
-					return err
-				}
-				return s.transition(sb, func(r *record) { r.DurableAt = time.Now().UTC() })
-			})
-		}
-		if err != nil && !sb.forgotten() && s.life.Err() == nil {
+		if err := s.hardenNow(sb, rec.Revision); err != nil && !sb.forgotten() && s.life.Err() == nil {
 			s.log.Error("a paused sandbox does not survive a power cut yet", "sandbox", sb.id, "err", err)
 		}
 		s.notify()
+	})
+}
+
+// hardenNow does it, unless the sandbox has gone on since the revision.
+func (s *Sandboxes) hardenNow(sb *sandbox, revision uint64) error {
+	if err := sb.machine().syncFiles(); err != nil {
+		return err
+	}
+	return sb.do(s.life, wrenn.NewID(wrenn.PrefixOperation), func(context.Context) error {
+		if sb.forgotten() || sb.snapshot().Revision != revision || s.life.Err() != nil {
+			return s.life.Err()
+		}
+		if err := sb.machine().markDurable(); err != nil {
+			return err
+		}
+		return s.transition(sb, func(r *record) { r.DurableAt = time.Now().UTC() })
 	})
 }
 

@@ -1,6 +1,7 @@
 package boot
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -123,6 +124,9 @@ func restoreHostname() error {
 	return unix.Sethostname([]byte(strings.TrimSpace(string(raw))))
 }
 
+// keygenTimeout bounds the making of SSH host keys; an RSA key takes seconds where the CPU is emulated.
+const keygenTimeout = 20 * time.Second
+
 // newHostKeys replaces the keys by which an SSH server proves who it is, in a guest that has any: a clone
 // must not be able to pass for the one it was copied from. A server that runs is told to read the new ones.
 func newHostKeys(dir, pidFile string) error {
@@ -137,7 +141,9 @@ func newHostKeys(dir, pidFile string) error {
 	}
 	// -A makes one of each kind that is missing, in the etc/ssh below the -f prefix.
 	prefix := filepath.Dir(filepath.Dir(dir))
-	if out, err := exec.Command("ssh-keygen", "-A", "-f", prefix).CombinedOutput(); err != nil {
+	ctx, cancel := context.WithTimeout(context.Background(), keygenTimeout)
+	defer cancel()
+	if out, err := exec.CommandContext(ctx, "ssh-keygen", "-A", "-f", prefix).CombinedOutput(); err != nil {
 		return fmt.Errorf("ssh-keygen: %w: %s", err, out)
 	}
 	raw, err := os.ReadFile(pidFile)
