@@ -5,8 +5,10 @@ package firecracker
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -17,6 +19,7 @@ import (
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmproc"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmtest"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmtest/lab"
+	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
 func TestMain(m *testing.M) {
@@ -150,6 +153,7 @@ func TestWalls(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		s.madeMemory = false // goes with the directory
 		t.Cleanup(func() {
 			if err := s.undo(); err != nil {
 				t.Error(err)
@@ -160,4 +164,55 @@ func TestWalls(t *testing.T) {
 	}
 	// The jailer gives its root directory to the VMM: that may fill it, which costs its own memory.
 	l.Walls(t, d, place, "/", "/run", "/dev", "/dev/kvm", "/dev/net/tun", "/dev/urandom", "/dev/userfaultfd")
+}
+
+// TestResumeTakesTheVersionThatSaved needs two releases in the directory.
+func TestResumeTakesTheVersionThatSaved(t *testing.T) {
+	l := newLab(t)
+	if len(l.verdict.Binaries) < 2 {
+		t.Skipf("needs two releases of Firecracker in %s", os.Getenv(dirEnv))
+	}
+	newest, older := l.verdict.Binaries[:1], l.verdict.Binaries[1:2]
+	only := func(b []Binary) *Driver { return New(Verdict{Works: true, Binaries: b}, l.opts) }
+	both := New(l.verdict, l.opts)
+	ctx, cancel := context.WithTimeout(t.Context(), vmtest.Stretch(2*time.Minute))
+	defer cancel()
+	cfg := l.Config(t)
+	saved := vm.SnapshotFiles{State: filepath.Join(cfg.Dir, "saved.state"), Memory: cfg.MemoryFile}
+	save := func(d *Driver, h vm.Handle) {
+		t.Helper()
+		if answer, err := l.Ask(ctx, cfg, "ping"); err != nil || answer != "pong" {
+			t.Fatalf("the guest says %q, %v", answer, err)
+		}
+		if err := errors.Join(d.Pause(ctx, h), d.Snapshot(ctx, h, saved), d.Destroy(ctx, h)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h, err := only(older).Start(ctx, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	save(only(older), h)
+	cfg.Restore = &saved
+	if h, err = both.Start(ctx, cfg); err != nil || h.VMMVersion != older[0].Version {
+		t.Fatalf("restored with %s, %v; want %s", h.VMMVersion, err, older[0].Version)
+	}
+	if i, err := both.version(ctx, h); err != nil || i != older[0].Version {
+		t.Errorf("the VMM says that it is %s, %v", i, err)
+	}
+	save(both, h) // what it saves needs the older one again
+	if _, err := only(newest).Start(ctx, cfg); wrenn.KindOf(err) != wrenn.KindInvalidRequest || !strings.Contains(err.Error(), older[0].Version) {
+		t.Errorf("without that version: %v", err)
+	}
+	if h, err = both.Start(ctx, cfg); err != nil || h.VMMVersion != older[0].Version {
+		t.Fatalf("restored again with %s, %v", h.VMMVersion, err)
+	}
+	save(both, h)
+}
+
+// version asks a VM's process.
+func (d *Driver) version(ctx context.Context, h vm.Handle) (string, error) {
+	var i instance
+	err := d.talk(ctx, h, func(c *client) (err error) { i, err = c.describe(ctx); return err })
+	return i.Version, err
 }
