@@ -22,7 +22,7 @@ func (s *Sandboxes) adopt(ctx context.Context, cfg Config) error {
 			return err
 		}
 	}
-	if err := os.MkdirAll(s.snapshots, 0o711); err != nil {
+	if err := errors.Join(os.MkdirAll(s.snapshots, 0o700), os.Chmod(s.snapshots, 0o700)); err != nil {
 		return err
 	}
 	s.revision = uint64(time.Now().UnixMicro())

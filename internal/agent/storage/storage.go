@@ -64,7 +64,7 @@ func Open(ctx context.Context, opts Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(opts.Dir, 0o711); err != nil {
+	if err := os.MkdirAll(opts.Dir, 0o700); err != nil {
 		return nil, wrenn.Wrap(err, wrenn.KindInternal, "cannot make the sandboxes directory %s", opts.Dir)
 	}
 	s := &Store{dir: opts.Dir}
@@ -75,6 +75,10 @@ func Open(ctx context.Context, opts Options) (*Store, error) {
 	}
 	if err != nil {
 		return nil, err
+	}
+	// No other user of the host gets in: the memory of a template is readable for VMMs of several uids.
+	if err := os.Chmod(opts.Dir, 0o700); err != nil {
+		return nil, wrenn.Wrap(err, wrenn.KindInternal, "cannot close the sandboxes directory %s to others", opts.Dir)
 	}
 	if !s.reflinks {
 		opts.Log.Warn("no reflinks: every sandbox disk is copied", "dir", opts.Dir, "reason", s.reason)

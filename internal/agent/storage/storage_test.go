@@ -387,3 +387,15 @@ func TestOpenRemovesWhatACrashLeft(t *testing.T) {
 		}
 	}
 }
+
+// Files in it are readable for VMMs of several uids.
+func TestDirectoryIsClosedToOthers(t *testing.T) {
+	t.Parallel()
+	s, _ := volumeStore(t, 1<<30)
+	for name, dir := range map[string]string{"copy": copyStore(t).dir, "volume": s.dir} {
+		fi, err := os.Stat(dir)
+		if err != nil || fi.Mode().Perm() != 0o700 {
+			t.Errorf("%s: mode %v, %v", name, fi.Mode(), err)
+		}
+	}
+}
