@@ -17,7 +17,7 @@ import (
 )
 
 // credentials is how long the host's token and certificate are good: they are renewed while the tests run.
-const credentials = 45 * time.Second
+func credentials() time.Duration { return vmtest.Stretch(45 * time.Second) }
 
 // shared is the package's stack; nil with a reason where it cannot run.
 type shared struct {
@@ -45,7 +45,7 @@ func run(m *testing.M) int {
 	defer os.RemoveAll(dir)
 	ctx, cancel := context.WithTimeout(context.Background(), vmtest.Stretch(3*time.Minute))
 	defer cancel()
-	s, err := stack.Start(ctx, in, dir, "CP_HOST_CREDENTIALS="+credentials.String())
+	s, err := stack.Start(ctx, in, dir, "CP_HOST_CREDENTIALS="+credentials().String())
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err, s.Logs())
 		return 1

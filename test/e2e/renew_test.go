@@ -18,7 +18,7 @@ func TestHostOutlivesItsCredentials(t *testing.T) {
 	t.Parallel()
 	ctx, s := start(t)
 	sb := sandbox(ctx, t, s, wrenn.SandboxOptions{})
-	expired := time.Now().Add(credentials) // what the host has now
+	expired := time.Now().Add(credentials()) // what the host has now
 	first := map[string][]byte{}
 	for _, name := range []string{"token", "token.crt", "token.key"} {
 		raw, err := os.ReadFile(filepath.Join(s.Dir, "agent", name))
@@ -27,7 +27,7 @@ func TestHostOutlivesItsCredentials(t *testing.T) {
 		}
 		first[name] = raw
 	}
-	err := stack.Eventually(ctx, 3*credentials, func() error {
+	err := stack.Eventually(ctx, 3*credentials(), func() error {
 		for name, former := range first {
 			now, err := os.ReadFile(filepath.Join(s.Dir, "agent", name))
 			if err != nil || bytes.Equal(now, former) {
