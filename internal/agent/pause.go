@@ -249,8 +249,25 @@ func (s *Sandboxes) resume(ctx context.Context, sb *sandbox, opID string) (err e
 // checkIdle refuses with KindConflict if the sandbox was used within the last idle time, or a command
 // runs in it.
 func (sb *sandbox) checkIdle(ctx context.Context, idle time.Duration) error {
+	if err := sb.checkQuiet(idle); err != nil {
+		return err
+	}
+	client, token, _ := sb.guestAndRecord()
+	procs := processconnect.NewProcessClient(guestHTTP{client, token}, "http://"+client.Host())
+	list, err := procs.List(ctx, connect.NewRequest(&process.ListRequest{}))
+	if err != nil {
+		return wrenn.Wrap(err, wrenn.KindAgentError, "the sandbox's guest agent does not answer")
+	}
+	if n := len(list.Msg.Processes); n > 0 {
+		return wrenn.Errorf(wrenn.KindConflict, "the sandbox is in use: %d commands run in it", n)
+	}
+	return sb.checkQuiet(idle) // it may have been used while its guest was asked
+}
+
+// checkQuiet is checkIdle as far as the host knows.
+func (sb *sandbox) checkQuiet(idle time.Duration) error {
 	open, last := sb.activity.state()
-	client, token, rec := sb.guestAndRecord()
+	_, _, rec := sb.guestAndRecord()
 	if rec.LastActiveAt.After(last) {
 		last = rec.LastActiveAt
 	}
@@ -259,14 +276,6 @@ func (sb *sandbox) checkIdle(ctx context.Context, idle time.Duration) error {
 	}
 	if open || time.Since(last) < idle {
 		return wrenn.Errorf(wrenn.KindConflict, "the sandbox is in use")
-	}
-	procs := processconnect.NewProcessClient(guestHTTP{client, token}, "http://"+client.Host())
-	list, err := procs.List(ctx, connect.NewRequest(&process.ListRequest{}))
-	if err != nil {
-		return wrenn.Wrap(err, wrenn.KindAgentError, "the sandbox's guest agent does not answer")
-	}
-	if n := len(list.Msg.Processes); n > 0 {
-		return wrenn.Errorf(wrenn.KindConflict, "the sandbox is in use: %d commands run in it", n)
 	}
 	return nil
 }
