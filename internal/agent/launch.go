@@ -83,6 +83,7 @@ func (s *Sandboxes) startVM(ctx context.Context, sb *sandbox, slot *network.Slot
 	cfg.Frozen = true
 	var token string
 	man, err := from.load()
+	sb.remembers = man != nil && rec.State == wrenn.SandboxResuming
 	switch {
 	case errors.Is(err, os.ErrNotExist): // a guest that boots knows no token
 		if err := m.dropMemory(); err != nil {
@@ -123,6 +124,9 @@ func (s *Sandboxes) greet(ctx context.Context, sb *sandbox) error {
 	}
 	rec := sb.snapshot()
 	id := s.identity(&rec)
+	if sb.remembers {
+		id = guest.Identity{Token: rec.NextToken}
+	}
 	err := client.Init(ctx, rec.AccessToken, id)
 	if err != nil && rec.NextToken != "" && ctx.Err() == nil {
 		// An agent that died right here may have told the guest already.

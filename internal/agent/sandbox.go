@@ -22,6 +22,9 @@ type sandbox struct {
 	id       string
 	dir      string
 	activity activity
+	// remembers says that the guest of the VM that is being launched was this sandbox before, and knows its
+	// names; it belongs to the operation in progress.
+	remembers bool
 
 	mu     sync.Mutex // guards what follows; never held during a side effect
 	rec    record

@@ -200,16 +200,16 @@ func (l *lab) continueTemplate(ctx context.Context, net int, template string, hw
 		return nil, err
 	}
 	defer state.Close()
-	return l.resume(ctx, dir, net, state, hw, mapped)
+	return l.resume(ctx, dir, net, state, hw, mapped, false)
 }
 
 // resume continues the machine in dir from its device state.
-func (l *lab) resume(ctx context.Context, dir string, net int, state *os.File, hw hardware, memory ram) (*floorVM, error) {
+func (l *lab) resume(ctx context.Context, dir string, net int, state *os.File, hw hardware, memory ram, saved bool) (*floorVM, error) {
 	vm, err := startFloor(ctx, dir, l.nets[net], hw, memory, []string{"-incoming", "defer"}, []*os.File{state})
 	if err != nil {
 		return nil, err
 	}
-	if err := vm.load(ctx); err != nil {
+	if err := vm.load(ctx, saved); err != nil {
 		return nil, errors.Join(err, vm.stop())
 	}
 	return vm, nil

@@ -85,10 +85,13 @@ func (m *monitor) ignoreSharedRAM() error {
 	return m.do("migrate-set-capabilities", map[string]any{"capabilities": []any{on}}, nil)
 }
 
-// load reads the devices' state from descriptor 4 and lets the machine go on.
-func (vm *floorVM) load(ctx context.Context) error {
-	if err := vm.monitor.ignoreSharedRAM(); err != nil {
-		return err
+// load reads the devices' state from descriptor 4 and lets the machine go on. QEMU wants to be told whether
+// the state was saved by save, which leaves out RAM that is shared; a template's knows nothing of RAM.
+func (vm *floorVM) load(ctx context.Context, saved bool) error {
+	if saved {
+		if err := vm.monitor.ignoreSharedRAM(); err != nil {
+			return err
+		}
 	}
 	if err := vm.monitor.do("migrate-incoming", map[string]any{"uri": "fd:4"}, nil); err != nil {
 		return err

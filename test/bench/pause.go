@@ -153,5 +153,5 @@ func (l *lab) again(ctx context.Context, dir, state string, hw hardware) (*floor
 		return nil, err
 	}
 	defer f.Close()
-	return l.resume(ctx, dir, 0, f, hw, ram{filepath.Join(dir, "memory"), true})
+	return l.resume(ctx, dir, 0, f, hw, ram{filepath.Join(dir, "memory"), true}, true)
 }

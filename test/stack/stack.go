@@ -228,7 +228,7 @@ func (s *Stack) AgentEnv() []string {
 		"AGENT_CP_URL="+s.URL, "AGENT_LISTEN_ADDR=127.0.0.1:"+strconv.Itoa(s.agentPort),
 		"AGENT_TOKEN_FILE="+filepath.Join(s.Dir, "agent", "token"), "AGENT_KERNEL_PATH="+s.Kernel,
 		"AGENT_IMAGES_PATH="+s.Images, "AGENT_SANDBOXES_PATH="+filepath.Join(s.Dir, "sandboxes"),
-		"AGENT_VOLUME_SIZE=40G", "AGENT_EGRESS=none", "AGENT_INSTANCE="+s.agentInstance, "AGENT_HEARTBEAT_SEC=2",
+		"AGENT_VOLUME_SIZE=160G", "AGENT_EGRESS=none", "AGENT_INSTANCE="+s.agentInstance, "AGENT_HEARTBEAT_SEC=2",
 		"AGENT_BASE_UID="+strconv.Itoa(s.baseUID),
 	)
 }
