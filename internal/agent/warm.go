@@ -49,7 +49,9 @@ type warmPool struct {
 	wake chan struct{}
 
 	mu     sync.Mutex
-	recent []machine // latest last
+	busy   int           // creates under way
+	quiet  chan struct{} // closed when there are none any more; nil while there are none
+	recent []machine     // latest last
 	shapes map[machine]shape
 	ready  map[machine][]*readyVM
 }
@@ -58,7 +60,7 @@ func newWarmPool(size int) *warmPool {
 	return &warmPool{size: size, wake: make(chan struct{}, 1), shapes: map[machine]shape{}, ready: map[machine][]*readyVM{}}
 }
 
-// take gives a ready clone of a template, or nil; more are made at the next refill. What it no longer keeps ready is
+// take gives a ready clone of a template, or nil; more are made when creates leave time for it. What it no longer keeps ready is
 // returned for the caller to end.
 func (p *warmPool) take(sh shape) (v *readyVM, drop []*readyVM) {
 	if p.size == 0 {
@@ -77,11 +79,42 @@ func (p *warmPool) take(sh shape) (v *readyVM, drop []*readyVM) {
 	return v, drop
 }
 
-// refill has taken VMs replaced: called when those who took them have what they wanted, to leave them the CPU.
-func (p *warmPool) refill() {
+// begin notes a create; the returned function notes its end, and has replaced what it took.
+func (p *warmPool) begin() (end func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.busy++; p.busy == 1 {
+		p.quiet = make(chan struct{})
+	}
+	return func() {
+		p.mu.Lock()
+		if p.busy--; p.busy == 0 {
+			close(p.quiet)
+			p.quiet = nil
+		}
+		p.mu.Unlock()
+		select {
+		case p.wake <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// maxYield is how long the making of ready VMs stands back for creates, which need the CPU more.
+const maxYield = 3 * time.Second
+
+// yield waits until no create is under way, at most maxYield.
+func (p *warmPool) yield(ctx context.Context) {
+	p.mu.Lock()
+	quiet := p.quiet
+	p.mu.Unlock()
+	if quiet == nil {
+		return
+	}
 	select {
-	case p.wake <- struct{}{}:
-	default:
+	case <-quiet:
+	case <-time.After(maxYield):
+	case <-ctx.Done():
 	}
 }
 
@@ -154,6 +187,7 @@ func (s *Sandboxes) keepWarm(ctx context.Context) {
 				continue
 			}
 		}
+		s.warm.yield(ctx)
 		v, err := s.makeReady(ctx, sh)
 		if ctx.Err() != nil {
 			if err == nil {

@@ -122,15 +122,12 @@ func (b *bench) measureCheckpoints(ctx context.Context, restored sample) (err er
 }
 
 func (b *bench) checkpoint(ctx context.Context, sb *wrenn.Sandbox, dirtyMB int, restored sample) error {
-	if dirtyMB > 0 {
-		res, err := sb.Exec(ctx, "/bin/bash", "-c", fmt.Sprintf("head -c %dM /dev/urandom > /dev/shm/dirty", dirtyMB))
-		if err != nil || res.ExitCode != 0 {
-			return errors.Join(err, fmt.Errorf("make memory dirty: %s", res.Stderr))
-		}
-	}
 	var saved, back, written []float64
 	var own float64
 	for range checkpointRuns {
+		if err := makeDirty(ctx, sb, dirtyMB); err != nil {
+			return err
+		}
 		var c *api.Checkpoint
 		took, err := timed(func() (err error) { c, err = sb.Checkpoint(ctx, ""); return err })
 		if err != nil {
@@ -154,6 +151,15 @@ func (b *bench) checkpoint(ctx context.Context, sb *wrenn.Sandbox, dirtyMB int, 
 	b.add("  of it: bytes on disk of its own", "MB", summarize(own), nil, nil)
 	b.add(fmt.Sprintf("rollback, %d MB more dirty, beside a restore", dirtyMB), "ms", summarize(back...), &restored, nil)
 	return nil
+}
+
+// makeDirty changes so much of the sandbox's memory.
+func makeDirty(ctx context.Context, sb *wrenn.Sandbox, mb int) error {
+	res, err := sb.Exec(ctx, "/bin/bash", "-c", fmt.Sprintf("head -c %dM /dev/urandom > /dev/shm/dirty", mb))
+	if err == nil && res.ExitCode != 0 {
+		err = fmt.Errorf("make memory dirty: %s", res.Stderr)
+	}
+	return err
 }
 
 // rawWrite writes so much to the agent's volume and waits until it is there.
