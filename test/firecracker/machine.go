@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 )
 
 //go:embed suites.sh
@@ -36,7 +37,9 @@ const (
 	machineMemoryMB = 3072
 	machineCPUs     = 2
 	machineStretch  = 8
-	rootSize        = "16G" // sparse: sandboxes are on it
+	machineTries    = 3
+	silence         = 6 * time.Minute // after which a machine hangs
+	rootSize        = "16G"           // sparse: sandboxes are on it
 	packages        = "linux-image-cloud-amd64,kmod,udev,iproute2,nftables,xfsprogs,e2fsprogs,postgresql,redis-server,procps,sudo"
 )
 
@@ -51,21 +54,22 @@ func inMachine(ctx context.Context, dir, stage, results string) error {
 	if err != nil {
 		return err
 	}
-	root, payload := filepath.Join(dir, "root.ext4"), filepath.Join(dir, "payload.ext4")
-	if err := command(ctx, "cp", "--sparse=always", "--reflink=auto", filepath.Join(base, "root.ext4"), root); err != nil {
-		return err
-	}
+	payload := filepath.Join(dir, "payload.ext4")
 	environment := fmt.Sprintf("export WRENN_TEST_STRETCH=%d WRENN_TEST_PARALLEL=%d\n", machineStretch, 1)
 	for name, content := range map[string]string{"suites.sh": suiteScript, "environment": environment} {
 		if err := os.WriteFile(filepath.Join(stage, name), []byte(content), 0o644); err != nil { //nolint:gosec // no secret
 			return err
 		}
 	}
-	if err := makeDisk(ctx, stage, payload, "4G"); err != nil {
-		return err
-	}
-	if err := boot(ctx, base, root, payload); err != nil {
-		return err
+	for try := 1; ; try++ {
+		err := session(ctx, dir, base, stage, payload)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, errSilent) || try == machineTries {
+			return err
+		}
+		fmt.Println("=== the emulated machine hangs, as one with nested KVM does now and then; once more")
 	}
 	if err := os.MkdirAll(results, 0o755); err != nil {
 		return err
@@ -82,6 +86,18 @@ func inMachine(ctx context.Context, dir, stage, results string) error {
 		return errors.New("the emulated machine ended before its tests did")
 	}
 	return nil
+}
+
+// session runs the machine once, from new disks.
+func session(ctx context.Context, dir, base, stage, payload string) error {
+	root := filepath.Join(dir, "root.ext4")
+	if err := command(ctx, "cp", "--sparse=always", "--reflink=auto", filepath.Join(base, "root.ext4"), root); err != nil {
+		return err
+	}
+	if err := makeDisk(ctx, stage, payload, "4G"); err != nil {
+		return err
+	}
+	return boot(ctx, base, root, payload)
 }
 
 // rootDisk makes a Debian with what the tests need, its kernel and initrd beside it, once for each list of packages.
@@ -158,10 +174,24 @@ func boot(ctx context.Context, base, root, payload string) error {
 		"-append", "root=/dev/vda rw console=ttyS0 init=/init.sh panic=-1 quiet mitigations=off",
 	}
 	args = append(append(args, disk(root)...), disk(payload)...)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	watch := &watched{timer: time.AfterFunc(silence, func() { cancel(errSilent) })}
+	defer watch.timer.Stop()
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", args...)
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.Stdout, cmd.Stderr = watch, os.Stderr
 	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("the emulated machine: %w", err)
+		return fmt.Errorf("the emulated machine: %w", errors.Join(context.Cause(ctx), err))
 	}
 	return nil
+}
+
+var errSilent = errors.New("it prints nothing any more")
+
+// watched prints what a machine prints, and notes that it does.
+type watched struct{ timer *time.Timer }
+
+func (w *watched) Write(b []byte) (int, error) {
+	w.timer.Reset(silence)
+	return os.Stdout.Write(b)
 }
