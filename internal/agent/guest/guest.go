@@ -48,6 +48,11 @@ func New(ip string, dial Dial) *Client {
 	c := &Client{base: "http://" + net.JoinHostPort(ip, strconv.Itoa(Port)), open: map[*guestConn]struct{}{}}
 	c.Transport = &http.Transport{
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if limit, ok := ctx.Value(dialLimit{}).(time.Duration); ok {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, limit)
+				defer cancel()
+			}
 			conn, err := dial(ctx, network, addr)
 			if err != nil {
 				return nil, err
@@ -211,11 +216,15 @@ func (c *Client) WaitReady(ctx context.Context, gone <-chan struct{}) error {
 	}
 }
 
+// dialLimit is the key of a context's limit for making a connection.
+type dialLimit struct{}
+
 func (c *Client) health(ctx context.Context) error {
-	// A guest that is still booting drops packets; a short limit makes the next attempt come soon.
-	ctx, cancel := context.WithTimeout(ctx, 250*time.Millisecond)
+	// A guest that is still booting drops packets: a short limit for the connection makes the next attempt come
+	// soon. One that was just restored answers late, because the host is busy: asking again would cost it more.
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	return c.do(ctx, http.MethodGet, "/health", "", nil)
+	return c.do(context.WithValue(ctx, dialLimit{}, 250*time.Millisecond), http.MethodGet, "/health", "", nil)
 }
 
 func (c *Client) post(ctx context.Context, path, token string, body []byte) error {
