@@ -21,6 +21,7 @@ const (
 	perCloneMB   = 400 // what a VM of smallMB may take in all when it is emulated
 	startAtOnce  = 4
 	settleBefore = time.Second
+	idleAfter    = 65 * time.Second // the control plane gives memory back every minute
 )
 
 // measureMemory looks at the programs and the VMMs with 0, 1, 10 and 20 virtual machines that have run one
@@ -29,6 +30,9 @@ func measureMemory(ctx context.Context, b *bench) (err error) {
 	steps := []int{1, 10, 20}
 	if free, err := memAvailable(); err != nil || free < hostReserve+20*perCloneMB {
 		b.skip("needs %d MB of free memory, there are %d", hostReserve+20*perCloneMB, free)
+		return err
+	}
+	if err := pause(ctx, idleAfter); err != nil {
 		return err
 	}
 	idle, err := b.programs()
