@@ -4,7 +4,6 @@ package firecracker
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -127,14 +126,16 @@ func boot(ctx context.Context, v Verdict, opts ProbeOptions) error {
 // waitBooted reads a console until the kernel has come up. A kernel that finds no user space ends its VM.
 func waitBooted(ctx context.Context, console string, ended <-chan error) error {
 	const afterEnd = 10 // looks, for what the console's reader has still to write
+	var printed []byte
+	tail := func() []byte { return printed[max(0, len(printed)-100):] }
 	for left := afterEnd; left > 0; {
-		printed, _ := os.ReadFile(console) // not there yet
+		printed, _ = os.ReadFile(console) // not there yet
 		if probe.Booted(printed) {
 			return nil
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("it did not reach user space in time; its console ends with %q", printed[max(0, len(printed)-100):])
+			return fmt.Errorf("it did not reach user space in time; its console ends with %q", tail())
 		case err := <-ended:
 			if err != nil {
 				continue // ctx is over
@@ -146,5 +147,5 @@ func waitBooted(ctx context.Context, console string, ended <-chan error) error {
 			}
 		}
 	}
-	return errors.New("it ended early")
+	return fmt.Errorf("it ended early; its console ends with %q", tail())
 }
