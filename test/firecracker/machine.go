@@ -71,14 +71,12 @@ func inMachine(ctx context.Context, dir, stage, results string) error {
 		}
 		fmt.Println("=== the emulated machine hangs, as one with nested KVM does now and then; once more")
 	}
-	if err := os.MkdirAll(results, 0o755); err != nil {
-		return err
-	}
 	// The journal is replayed, in case the machine could not unmount; 1 says that something was repaired.
 	var exit *exec.ExitError
 	if err := exec.CommandContext(ctx, "e2fsck", "-p", payload).Run(); err != nil && (!errors.As(err, &exit) || exit.ExitCode() > 1) {
 		return fmt.Errorf("e2fsck: %w", err)
 	}
+	// debugfs makes the directory, and gives up on one that is there.
 	if err := command(ctx, "debugfs", "-R", "rdump /results "+filepath.Dir(results), payload); err != nil {
 		return err
 	}

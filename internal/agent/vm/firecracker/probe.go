@@ -12,6 +12,7 @@ import (
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/probe"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmproc"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
@@ -108,7 +109,9 @@ func boot(ctx context.Context, v Verdict, opts ProbeOptions) error {
 	defer os.RemoveAll(dir)
 	ctx, cancel := context.WithTimeout(ctx, opts.Timeout)
 	defer cancel()
-	d := New(v, Options{CacheDir: dir, CgroupParent: filepath.Base(dir), Unjailed: opts.Unjailed, Log: slog.New(slog.DiscardHandler)})
+	parent := filepath.Base(dir)
+	defer func() { _, _ = vmproc.Sweep(parent, func(string) bool { return false }) }()
+	d := New(v, Options{CacheDir: dir, CgroupParent: parent, Unjailed: opts.Unjailed, Log: slog.New(slog.DiscardHandler)})
 	console := filepath.Join(dir, "console.log")
 	h, err := d.Start(ctx, vm.Config{
 		ID: "probe", Dir: dir, VCPUs: 1, MemoryMB: probeMemoryMB, Kernel: opts.Kernel, Initrd: opts.Initrd, Cmdline: "panic=-1",
