@@ -36,7 +36,9 @@ func (s *Sandboxes) Fork(ctx context.Context, req *agentv1.ForkSandboxRequest) (
 			s.log.Error("the moment of a fork is left", "dir", dir, "err", err)
 		}
 	}()
-	err = sb.do(ctx, req.OperationId, func(ctx context.Context) error {
+	// Under an id of its own: a repeat that comes meanwhile must not take this moment for its own, which is in
+	// another place. What makes a repeat safe are the children's operation ids.
+	err = sb.do(ctx, wrenn.NewID(wrenn.PrefixOperation), func(ctx context.Context) error {
 		_, err := s.saveMoment(ctx, sb, dir, false)
 		return err
 	})

@@ -263,6 +263,35 @@ func TestForkCheckpointAndRollback(t *testing.T) {
 	}
 }
 
+// TestARepeatedForkHasTheSameChildren repeats a fork while it is under way.
+func TestARepeatedForkHasTheSameChildren(t *testing.T) {
+	s, _ := open(t, testConfig(t))
+	parent := create(t, s)
+	req := &agentv1.ForkSandboxRequest{Id: parent.Id, OperationId: newOp()}
+	for range 2 {
+		req.Children = append(req.Children, &agentv1.ForkSandboxRequest_Child{Id: wrenn.NewID(wrenn.PrefixSandbox), OperationId: newOp()})
+	}
+	var both sync.WaitGroup
+	for range 2 {
+		both.Go(func() {
+			results, err := s.Fork(t.Context(), req)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			for i, r := range results {
+				if r.Sandbox.GetId() != req.Children[i].Id {
+					t.Errorf("child %d: %v", i, r)
+				}
+			}
+		})
+	}
+	both.Wait()
+	if list, _ := s.List(); len(list) != 3 {
+		t.Errorf("%d sandboxes", len(list))
+	}
+}
+
 // BenchmarkCreate measures a create to a guest that knows who it is: from a prepared template, and with a
 // VM that is ready.
 func BenchmarkCreate(b *testing.B) {
