@@ -10,11 +10,11 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmproc"
 	"github.com/wrenn-sandbox/wrenn/internal/gen/agentv1"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
@@ -90,10 +90,14 @@ func (m machine) rest(ctx context.Context, driver vm.Driver, handle vm.Handle, v
 	if err != nil {
 		return err
 	}
+	boot, err := vmproc.BootID()
+	if err != nil {
+		return err
+	}
 	caps := driver.Capabilities().Of(handle)
 	return m.writeManifest(manifest{
 		Version: manifestVersion, needs: needsOf(caps), VCPUs: vcpus, MemoryMB: handle.MemoryMB, DiskBytes: disk.Size(), StateSHA: sum,
-		SavedAt: time.Now().UTC(), BootID: bootID(), Token: token,
+		SavedAt: time.Now().UTC(), BootID: boot, Token: token,
 	})
 }
 
@@ -119,12 +123,6 @@ func checksum(path string) (string, error) {
 	return hex.EncodeToString(sum.Sum(nil)), nil
 }
 
-// bootID names this boot of the host (random(4)).
-func bootID() string {
-	raw, _ := os.ReadFile("/proc/sys/kernel/random/boot_id") // always there
-	return strings.TrimSpace(string(raw))
-}
-
 // load reads the manifest of a machine at rest and checks what it says; os.ErrNotExist says that it is not
 // at rest.
 func (m machine) load() (*manifest, error) {
@@ -139,7 +137,11 @@ func (m machine) load() (*manifest, error) {
 	if man.Version != manifestVersion {
 		return nil, fmt.Errorf("manifest of %s has version %d, this agent knows %d", filepath.Base(m.dir()), man.Version, manifestVersion)
 	}
-	if !man.Durable && man.BootID != bootID() {
+	boot, err := vmproc.BootID()
+	if err != nil {
+		return nil, err
+	}
+	if !man.Durable && man.BootID != boot {
 		return nil, fmt.Errorf("the host restarted before %s was safe on its disk: %w", filepath.Base(m.dir()), os.ErrNotExist)
 	}
 	if sum, err := checksum(m.state()); err != nil || sum != man.StateSHA {

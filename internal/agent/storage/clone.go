@@ -63,7 +63,7 @@ func fill(ctx context.Context, out, in *os.File, size int64, reflink bool) error
 			return err
 		}
 	}
-	return copySparse(ctx, out, in, size)
+	return CopySparse(ctx, out, in, size)
 }
 
 // noReflink tells errors that mean "not between these two files" from real failures.
@@ -72,8 +72,8 @@ func noReflink(err error) bool {
 		errors.Is(err, unix.ENOTTY) || errors.Is(err, unix.ENOSYS)
 }
 
-// copySparse copies the data of in and leaves holes where in has holes.
-func copySparse(ctx context.Context, out, in *os.File, size int64) error {
+// CopySparse copies the data of in, size bytes of it, to an empty file and leaves holes where in has holes.
+func CopySparse(ctx context.Context, out, in *os.File, size int64) error {
 	if err := out.Truncate(size); err != nil {
 		return err
 	}

@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
 )
 
@@ -126,10 +127,7 @@ func sealedCopy(ctx context.Context, path string, size int64) (*os.File, error) 
 		return nil, err
 	}
 	dst := os.NewFile(uintptr(fd), "guest-memory")
-	if err = dst.Truncate(size); err == nil {
-		err = copyData(ctx, dst, src, size)
-	}
-	if err == nil {
+	if err = storage.CopySparse(ctx, dst, src, size); err == nil {
 		_, err = unix.FcntlInt(dst.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_WRITE|unix.F_SEAL_GROW|unix.F_SEAL_SHRINK|unix.F_SEAL_SEAL)
 	}
 	if err != nil {
@@ -137,37 +135,6 @@ func sealedCopy(ctx context.Context, path string, size int64) (*os.File, error) 
 		return nil, err
 	}
 	return dst, nil
-}
-
-func copyData(ctx context.Context, dst, src *os.File, size int64) error {
-	buf := make([]byte, copyBytes)
-	for at := int64(0); at < size; {
-		begin, err := unix.Seek(int(src.Fd()), at, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) {
-			return nil // only a hole follows
-		}
-		if err != nil {
-			return err
-		}
-		end, err := unix.Seek(int(src.Fd()), begin, unix.SEEK_HOLE)
-		if err != nil {
-			return err
-		}
-		for at = begin; at < end; {
-			n, err := src.ReadAt(buf[:min(copyBytes, end-at)], at)
-			if n == 0 && err != nil {
-				return err
-			}
-			if _, err := dst.WriteAt(buf[:n], at); err != nil {
-				return err
-			}
-			at += int64(n)
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-		}
-	}
-	return nil
 }
 
 // saveMemory makes dst the whole RAM of a frozen VM: its own file, or a clone of that, with the pages that
