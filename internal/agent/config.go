@@ -68,8 +68,8 @@ var variables = []variable{
 	{"AGENT_FIRECRACKER_DIR", "/usr/local/bin", "where firecracker and jailer are, of one or several releases; QEMU is used without"},
 	{"AGENT_ALLOW_UNJAILED", "", "1 allows a Firecracker that has no jailer beside it: confined by the agent alone"},
 	{"AGENT_PROBE_SEC", "5", "most seconds of the boot that tells whether KVM runs our kernel"},
-	{"AGENT_DISK_MB_PER_SEC", "0", "most MB a second of each disk of a sandbox, 0 for no limit (Firecracker)"},
-	{"AGENT_DISK_OPS_PER_SEC", "0", "most operations a second of each disk of a sandbox, 0 for no limit (Firecracker)"},
+	{"AGENT_DISK_MB_PER_SEC", "0", "most MB a second of each disk of a sandbox, 0 for no limit"},
+	{"AGENT_DISK_OPS_PER_SEC", "0", "most operations a second of each disk of a sandbox, 0 for no limit"},
 }
 
 // loadConfig reads the environment.

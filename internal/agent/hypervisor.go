@@ -60,11 +60,13 @@ func chooseDriver(ctx context.Context, cfg Config, log *slog.Logger) (vm.Driver,
 		}
 		drivers = append(drivers, firecracker.New(h.firecracker, firecracker.Options{
 			CacheDir: cfg.cacheDir(), CgroupParent: cgroupParent(cfg), Unjailed: cfg.AllowUnjailed,
-			DiskBytesPerSec: int64(cfg.DiskMBPerSec) << 20, DiskOpsPerSec: int64(cfg.DiskOpsPerSec), Log: log,
+			Disk: cfg.diskLimits(), Log: log,
 		}))
 	}
 	if h.qemuErr == nil {
-		drivers = append(drivers, qemu.New(h.qemu, qemu.Options{CacheDir: cfg.cacheDir(), CgroupParent: cgroupParent(cfg), Log: log}))
+		drivers = append(drivers, qemu.New(h.qemu, qemu.Options{
+			CacheDir: cfg.cacheDir(), CgroupParent: cgroupParent(cfg), Disk: cfg.diskLimits(), Log: log,
+		}))
 	}
 	caps := drivers.Capabilities()
 	log.Info("hypervisor chosen", "driver", caps.Driver, "version", caps.Version, "acceleration", caps.Acceleration, "why", why)
@@ -111,6 +113,10 @@ func hypervisor(ctx context.Context, cfg Config) []finding {
 		return []finding{{"VMM", fail, wrenn.Public(err).Message, "apt-get install qemu-system-x86, or put Firecracker into AGENT_FIRECRACKER_DIR"}}
 	}
 	return h.findings()
+}
+
+func (c Config) diskLimits() vm.DiskLimits {
+	return vm.DiskLimits{BytesPerSec: int64(c.DiskMBPerSec) << 20, OpsPerSec: int64(c.DiskOpsPerSec)}
 }
 
 func (c Config) cacheDir() string { return filepath.Join(c.Sandboxes, "cache") }

@@ -19,6 +19,10 @@ var (
 	validMAC  = regexp.MustCompile(`^[0-9a-f]{2}(:[0-9a-f]{2}){5}$`)
 )
 
+// DiskLimits bound what each disk of a VM may do; 0 is no limit. A restored VM has those of its driver, not those of
+// the VM that its snapshot was taken of.
+type DiskLimits struct{ BytesPerSec, OpsPerSec int64 }
+
 // Check tells what no driver can honour in a Config.
 func (cfg Config) Check() error {
 	bad := func(format string, args ...any) error {

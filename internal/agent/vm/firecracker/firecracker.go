@@ -37,9 +37,8 @@ type Options struct {
 	CgroupParent string // as of the qemu driver; "wrenn" if empty
 	// Unjailed starts a Firecracker that has no jailer beside it in the launcher's own jail.
 	Unjailed bool
-	// DiskBytesPerSec and DiskOpsPerSec limit each drive; 0 is no limit.
-	DiskBytesPerSec, DiskOpsPerSec int64
-	Log                            *slog.Logger
+	Disk     vm.DiskLimits
+	Log      *slog.Logger
 }
 
 // Driver runs VMs with Firecracker. It keeps no state of a VM that it could not find again from its Handle.

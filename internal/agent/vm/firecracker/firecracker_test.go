@@ -75,6 +75,12 @@ func newLab(t testing.TB) *fcLab {
 
 func (l *fcLab) driver() vm.Driver { return New(l.verdict, l.opts) }
 
+func (l *fcLab) limited(limits vm.DiskLimits) vm.Driver {
+	opts := l.opts
+	opts.Disk = limits
+	return New(l.verdict, opts)
+}
+
 func TestFirecrackerConforms(t *testing.T) {
 	l := newLab(t)
 	leak, err := unix.Open("/dev/null", unix.O_RDONLY, 0) // not close-on-exec, as inherited from a careless parent
@@ -82,7 +88,7 @@ func TestFirecrackerConforms(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Close(leak) })
-	vmtest.Exercise(t, l.Env(l.driver, l.confined))
+	vmtest.Exercise(t, l.Env(l.limited, l.confined))
 }
 
 func (l *fcLab) confined(t *testing.T, cfg vm.Config, h vm.Handle) {

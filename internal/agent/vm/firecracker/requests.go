@@ -38,24 +38,24 @@ type bootSource struct {
 }
 
 type drive struct {
-	ID        string       `json:"drive_id"`
-	Path      string       `json:"path_on_host"`
-	Root      bool         `json:"is_root_device"`
-	ReadOnly  bool         `json:"is_read_only"`
-	CacheType string       `json:"cache_type"`
-	Limit     *rateLimiter `json:"rate_limiter,omitempty"`
+	ID        string      `json:"drive_id"`
+	Path      string      `json:"path_on_host"`
+	Root      bool        `json:"is_root_device"`
+	ReadOnly  bool        `json:"is_read_only"`
+	CacheType string      `json:"cache_type"`
+	Limit     rateLimiter `json:"rate_limiter"`
 }
 
 type partialDrive struct {
-	ID    string       `json:"drive_id"`
-	Path  string       `json:"path_on_host,omitempty"`
-	Limit *rateLimiter `json:"rate_limiter,omitempty"`
+	ID    string      `json:"drive_id"`
+	Path  string      `json:"path_on_host,omitempty"`
+	Limit rateLimiter `json:"rate_limiter"`
 }
 
 // rateLimiter lets through what its buckets are refilled with.
 type rateLimiter struct {
-	Bandwidth *tokenBucket `json:"bandwidth,omitempty"`
-	Ops       *tokenBucket `json:"ops,omitempty"`
+	Bandwidth tokenBucket `json:"bandwidth"`
+	Ops       tokenBucket `json:"ops"`
 }
 
 type tokenBucket struct {
@@ -111,7 +111,7 @@ type memoryBackend struct {
 const machineWords = "console=ttyS0 reboot=k pci=off 8250.nr_uarts=1 i8042.noaux i8042.nomux i8042.dumbkbd "
 
 // coldStart is all that describes a VM which boots, but not the start itself.
-func coldStart(cfg vm.Config, limit *rateLimiter) []request {
+func coldStart(cfg vm.Config, limit rateLimiter) []request {
 	boot := bootSource{Kernel: kernelPath, Cmdline: machineWords + cfg.Cmdline}
 	if cfg.Initrd != "" {
 		boot.Initrd = initrdPath
@@ -145,9 +145,14 @@ func restore(memory memoryBackend, v version) request {
 	return request{http.MethodPut, "/snapshot/load", load}
 }
 
-// updateDisk makes the VMM look at a disk's file again, and tell the guest its size.
-func updateDisk(i int) request {
-	return request{http.MethodPatch, "/drives/" + diskID(i), partialDrive{ID: diskID(i), Path: diskPath(i)}}
+// updateDisk gives a restored disk the limits of now. One that was to grow the VMM looks at again, and tells the guest
+// its size.
+func updateDisk(i int, disk vm.Disk, limit rateLimiter) request {
+	update := partialDrive{ID: diskID(i), Limit: limit}
+	if disk.GrowTo != 0 {
+		update.Path = diskPath(i)
+	}
+	return request{http.MethodPatch, "/drives/" + diskID(i), update}
 }
 
 func instanceStart() request {

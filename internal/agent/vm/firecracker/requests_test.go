@@ -60,13 +60,12 @@ func everyRequest() []request {
 		ID: "sb-x", VCPUs: 2, MemoryMB: 512, Kernel: "/k", Initrd: "/i", Cmdline: "quiet",
 		Disks: []vm.Disk{{Path: "/a"}, {Path: "/b", ReadOnly: true}}, Net: vm.Net{TAP: "tap0", MAC: "02:00:5e:00:00:02"},
 	}
-	d := &Driver{opts: Options{DiskBytesPerSec: 100 << 20, DiskOpsPerSec: 5000}}
-	all := coldStart(cfg, d.limit())
-	all = append(all, coldStart(vm.Config{VCPUs: 1, MemoryMB: 128}, nil)...)
+	limit, none := limiter(vm.DiskLimits{BytesPerSec: 100 << 20, OpsPerSec: 5000}), limiter(vm.DiskLimits{})
+	all := append(coldStart(cfg, limit), coldStart(vm.Config{VCPUs: 1, MemoryMB: 128}, none)...)
 	for _, memory := range []memoryBackend{{"File", memoryPath}, {"Uffd", "/uffd.sock"}} {
 		all = append(all, restore(memory, version{Major: 1, Minor: 7}), restore(memory, version{Major: 1, Minor: 16}))
 	}
-	return append(all, updateDisk(1), instanceStart(), pause(), resume(), snapshotDiff(), describe(), balloonStatistics(), setBalloon(64))
+	return append(all, updateDisk(1, vm.Disk{}, none), updateDisk(1, vm.Disk{GrowTo: 1}, limit), instanceStart(), pause(), resume(), snapshotDiff(), describe(), balloonStatistics(), setBalloon(64))
 }
 
 func TestEveryRequestIsAsFirecrackerDescribesIt(t *testing.T) {
@@ -104,7 +103,7 @@ func TestEveryRequestIsAsFirecrackerDescribesIt(t *testing.T) {
 		"a field missing":   {http.MethodPut, "/drives/disk0", map[string]any{"drive_id": "disk0"}},
 		"a path unknown":    {http.MethodPut, "/nothing", struct{}{}},
 		"a vCPU too many":   {http.MethodPut, "/machine-config", machineConfig{VCPUs: 33, MemoryMB: 128}},
-		"a negative bucket": {http.MethodPut, "/entropy", map[string]any{"rate_limiter": rateLimiter{Ops: &tokenBucket{Size: -1}}}},
+		"a negative bucket": {http.MethodPut, "/entropy", map[string]any{"rate_limiter": rateLimiter{Ops: tokenBucket{Size: -1}}}},
 	} {
 		if check(wrong) == nil {
 			t.Errorf("%s passes the check", name)

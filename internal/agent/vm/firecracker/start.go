@@ -196,7 +196,7 @@ func (s *starting) ready(ctx context.Context, h vm.Handle) error {
 	}
 	defer c.close()
 	if s.cfg.Restore == nil {
-		err = c.all(ctx, coldStart(s.cfg, s.driver.limit())...)
+		err = c.all(ctx, coldStart(s.cfg, limiter(s.driver.opts.Disk))...)
 	} else {
 		err = s.restore(ctx, c)
 	}
@@ -240,30 +240,22 @@ func (s *starting) restore(ctx context.Context, c *client) error {
 		return err
 	}
 	for i, disk := range s.cfg.Disks {
-		if disk.GrowTo == 0 {
-			continue
-		}
-		if err := c.do(ctx, updateDisk(i), nil); err != nil {
+		if err := c.do(ctx, updateDisk(i, disk, limiter(s.driver.opts.Disk)), nil); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// limit is the rate limiter of each drive, if there is a limit.
-func (d *Driver) limit() *rateLimiter {
-	const refillMS = 1000
-	var l rateLimiter
-	if d.opts.DiskBytesPerSec > 0 {
-		l.Bandwidth = &tokenBucket{Size: d.opts.DiskBytesPerSec, RefillMS: refillMS}
+// limiter is the rate limiter of each drive: buckets for a second, which let through everything if they are empty.
+func limiter(l vm.DiskLimits) rateLimiter {
+	bucket := func(perSec int64) tokenBucket {
+		if perSec == 0 {
+			return tokenBucket{}
+		}
+		return tokenBucket{Size: perSec, RefillMS: 1000}
 	}
-	if d.opts.DiskOpsPerSec > 0 {
-		l.Ops = &tokenBucket{Size: d.opts.DiskOpsPerSec, RefillMS: refillMS}
-	}
-	if l == (rateLimiter{}) {
-		return nil
-	}
-	return &l
+	return rateLimiter{Bandwidth: bucket(l.BytesPerSec), Ops: bucket(l.OpsPerSec)}
 }
 
 // public turns a failed start into what may be shown; Firecracker's own words are part of the cause.

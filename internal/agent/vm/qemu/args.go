@@ -35,6 +35,7 @@ func (f *files) close() {
 // opened is a vm.Config with its paths opened, each given as the descriptor in QEMU; -1 is none.
 type opened struct {
 	cfg            vm.Config
+	limits         vm.DiskLimits
 	kvm            bool
 	tscKHz         int // of an emulated CPU
 	monitor        int // listening socket
@@ -93,14 +94,7 @@ func (o opened) accelerator() []string {
 func (o opened) devices() []string {
 	var args []string
 	for i, fd := range o.disks {
-		readOnly, set := "off", i+1
-		if o.cfg.Disks[i].ReadOnly {
-			readOnly = "on"
-		}
-		args = append(args,
-			"-add-fd", fmt.Sprintf("fd=%d,set=%d", fd, set),
-			"-blockdev", fmt.Sprintf("driver=raw,node-name=disk%d,read-only=%s,discard=unmap,file.driver=file,file.filename=/dev/fdset/%d", i, readOnly, set),
-			"-device", fmt.Sprintf("virtio-blk-device,drive=disk%d", i))
+		args = append(args, o.disk(i, fd)...)
 	}
 	if o.tap >= 0 {
 		args = append(args,
@@ -109,5 +103,29 @@ func (o opened) devices() []string {
 	}
 	return append(args, "-device", "virtio-rng-device")
 }
+
+// disk is a block device over the open image. With a limit, a filter lies between the two, and diskN names that.
+func (o opened) disk(i, fd int) []string {
+	node, set, options := diskNode(i), i+1, "read-only=off,discard=unmap"
+	if o.cfg.Disks[i].ReadOnly {
+		options = "read-only=on,discard=unmap"
+	}
+	image := node
+	var filter []string
+	if o.limits != (vm.DiskLimits{}) {
+		image = fmt.Sprintf("image%d", i)
+		filter = []string{
+			"-object", fmt.Sprintf("throttle-group,id=limit%d,x-bps-total=%d,x-iops-total=%d", i, o.limits.BytesPerSec, o.limits.OpsPerSec),
+			"-blockdev", fmt.Sprintf("driver=throttle,node-name=%s,throttle-group=limit%d,file=%s,%s", node, i, image, options),
+		}
+	}
+	args := []string{
+		"-add-fd", fmt.Sprintf("fd=%d,set=%d", fd, set),
+		"-blockdev", fmt.Sprintf("driver=raw,node-name=%s,%s,file.driver=file,file.filename=/dev/fdset/%d", image, options, set),
+	}
+	return append(append(args, filter...), "-device", "virtio-blk-device,drive="+node)
+}
+
+func diskNode(i int) string { return fmt.Sprintf("disk%d", i) }
 
 func fdPath(fd int) string { return fmt.Sprintf("/proc/self/fd/%d", fd) }

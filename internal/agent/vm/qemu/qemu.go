@@ -32,6 +32,7 @@ type Options struct {
 	// CgroupParent is the cgroup below the root of each hierarchy that holds the VMs of this instance, and
 	// nothing else, so that vmproc.Sweep can find what a crash left. "wrenn" if empty.
 	CgroupParent string
+	Disk         vm.DiskLimits
 	Log          *slog.Logger
 }
 

@@ -61,6 +61,12 @@ func newLab(t testing.TB) *qemuLab {
 
 func (l *qemuLab) driver() vm.Driver { return New(l.verdict, l.opts) }
 
+func (l *qemuLab) limited(limits vm.DiskLimits) vm.Driver {
+	opts := l.opts
+	opts.Disk = limits
+	return New(l.verdict, opts)
+}
+
 func (l *qemuLab) confined(t *testing.T, cfg vm.Config, h vm.Handle) {
 	l.Confined(t, cfg, h)
 	own := []string{cfg.MemoryFile, cfg.Disks[0].Path, cfg.Disks[1].Path, "/dev/net/tun", "/memfd:qemu-stderr", "/memfd:guest-memory"}
@@ -84,7 +90,7 @@ func TestQEMUConforms(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Close(leak) })
-	vmtest.Exercise(t, l.Env(l.driver, l.confined))
+	vmtest.Exercise(t, l.Env(l.limited, l.confined))
 }
 
 func TestVMOutlivesTheAgentThatWasKilled(t *testing.T) {

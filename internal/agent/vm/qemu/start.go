@@ -140,7 +140,7 @@ func (s *starting) growDisks(ctx context.Context, m *monitor) error {
 		if disk.GrowTo <= info.Size() {
 			continue
 		}
-		args := map[string]any{"node-name": fmt.Sprintf("disk%d", i), "size": disk.GrowTo}
+		args := map[string]any{"node-name": diskNode(i), "size": disk.GrowTo}
 		if err := m.execute(ctx, "block_resize", args, nil); err != nil {
 			return err
 		}

@@ -48,16 +48,23 @@ func (s *suite) grow(t *testing.T) {
 	const size = 1 << 20
 	cfg.Disks[0].GrowTo = size
 	r := s.start(t, cfg)
-	for r.ask("disk size") != strconv.Itoa(size) { // the guest is told by an interrupt
-		select {
-		case <-r.context().Done():
-			t.Fatalf("the guest sees %s bytes, want %d", r.ask("disk size"), size)
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
+	r.awaitSize(size)
 	r.expect("disk read", "before")
 	if fi, err := os.Stat(cfg.Disks[0].Path); err != nil || fi.Size() != size {
 		t.Errorf("the image has %d bytes, %v", fi.Size(), err)
+	}
+}
+
+// awaitSize waits until the guest sees its disk grow, which it is told by an interrupt.
+func (r *running) awaitSize(size int) {
+	r.Helper()
+	ctx := r.context()
+	for seen := ""; seen != strconv.Itoa(size); seen = r.ask("disk size") {
+		select {
+		case <-ctx.Done():
+			r.Fatalf("the guest sees %s bytes, want %d", seen, size)
+		case <-time.After(10 * time.Millisecond):
+		}
 	}
 }
 

@@ -21,6 +21,8 @@ import (
 type Env struct {
 	// New makes a driver value that knows nothing of earlier ones, as the next agent process would.
 	New func() vm.Driver
+	// Limited is New with limits of disks; nil if VMs are no machines here.
+	Limited func(vm.DiskLimits) vm.Driver
 	// Config makes all that a new VM needs (directory, disks, network, uid) and returns its configuration for
 	// a cold start of the suite's guest. What it made is removed after the test, when the VMs are gone.
 	Config func(t *testing.T) vm.Config
@@ -59,6 +61,7 @@ func Exercise(t *testing.T, env Env) {
 		{"lifecycle of a cold start", (*suite).coldStart},
 		{"the guest has what was asked for", (*suite).hardware},
 		{"a restored guest sees its disk grow", (*suite).grow},
+		{"disks are as fast as they may be", (*suite).diskLimits},
 		{"a frozen start runs no vCPU", (*suite).frozenStart},
 		{"every call in every state", (*suite).everyCallInEveryState},
 		{"pause and resume are idempotent", (*suite).idempotent},

@@ -102,6 +102,8 @@ func (m *machine) command(words []string) (string, error) {
 		return flood(args)
 	case "disk": // write text|read|size
 		return disk(args)
+	case "load": // KiB in all, KiB at a time
+		return loadDisk(args)
 	case "dial": // network address
 		return dial(args)
 	case "cpus":
@@ -208,6 +210,40 @@ func disk(args []string) (string, error) {
 		return "", err
 	}
 	return strings.TrimRight(string(block), "\x00"), nil
+}
+
+// loadDisk writes to the disk past every cache of the guest, again and again over its first MiB but one page.
+func loadDisk(args []string) (string, error) {
+	total, err := number(args, 0)
+	if err != nil {
+		return "", err
+	}
+	at, err := number(args, 1)
+	if err != nil {
+		return "", err
+	}
+	f, err := os.OpenFile("/dev/vda", os.O_RDWR|unix.O_DIRECT, 0)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	block, err := unix.Mmap(-1, 0, at<<10, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANONYMOUS|unix.MAP_PRIVATE) // aligned
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = unix.Munmap(block) }()
+	const first, last = 64 << 10, 1 << 20
+	offset := int64(first)
+	for n := 0; n < total; n += at {
+		if offset+int64(len(block)) > last {
+			offset = first
+		}
+		if _, err := f.WriteAt(block, offset); err != nil {
+			return "", err
+		}
+		offset += int64(len(block))
+	}
+	return "ok", nil
 }
 
 func dial(args []string) (string, error) {

@@ -141,9 +141,9 @@ func (l *Lab) Config(t testing.TB) vm.Config {
 }
 
 // Env is the lab as the conformance suite wants it.
-func (l *Lab) Env(driver func() vm.Driver, confined func(*testing.T, vm.Config, vm.Handle)) vmtest.Env {
+func (l *Lab) Env(driver func(vm.DiskLimits) vm.Driver, confined func(*testing.T, vm.Config, vm.Handle)) vmtest.Env {
 	return vmtest.Env{
-		New: driver, Config: func(t *testing.T) vm.Config { return l.Config(t) }, Ask: l.Ask, Leftovers: l.Leftovers, Confinement: confined,
+		New: func() vm.Driver { return driver(vm.DiskLimits{}) }, Limited: driver, Config: func(t *testing.T) vm.Config { return l.Config(t) }, Ask: l.Ask, Leftovers: l.Leftovers, Confinement: confined,
 	}
 }
 
