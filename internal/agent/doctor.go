@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -33,19 +34,36 @@ const (
 )
 
 func doctorCommand(getenv func(string) string) *cobra.Command {
-	return &cobra.Command{
+	var again bool
+	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Tell whether this host can run sandboxes, and how to mend what is wrong",
-		Long:  "Checks what sandboxes need. Changes nothing but the cached KVM verdict. Exits with 1 if sandboxes cannot run here.",
+		Long:  "Checks what sandboxes need. Changes nothing but the cached verdicts on KVM and Firecracker. Exits with 1 if sandboxes cannot run here.",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := loadConfig(getenv)
 			if err != nil {
 				return err
 			}
+			if again {
+				if err := forgetVerdicts(cfg); err != nil {
+					return err
+				}
+			}
 			return printFindings(cmd.OutOrStdout(), examine(cmd.Context(), cfg))
 		},
 	}
+	cmd.Flags().BoolVar(&again, "again", false, "try anew whether Firecracker and KVM boot our kernel; the agent takes the verdict at its next start")
+	return cmd
+}
+
+func forgetVerdicts(cfg Config) error {
+	for _, path := range []string{cfg.verdictFile(), cfg.firecrackerFile()} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
 }
 
 func examine(ctx context.Context, cfg Config) []finding {

@@ -104,7 +104,7 @@ func (h hypervisors) qemuFindings() []finding {
 	if h.qemu.KVM {
 		return []finding{vmm, {"KVM", ok, h.qemu.Reason, ""}}
 	}
-	return []finding{vmm, {"KVM", note, "not used, guests are emulated: " + h.qemu.Reason, "use bare metal or a machine with nested virtualisation"}}
+	return []finding{vmm, {"KVM", note, "not used, guests are emulated: " + h.qemu.Reason, "use bare metal or a machine with nested virtualisation; `wrenn-agent doctor --again` tries anew"}}
 }
 
 func hypervisor(ctx context.Context, cfg Config) []finding {

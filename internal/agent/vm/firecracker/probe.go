@@ -79,11 +79,11 @@ func Probe(ctx context.Context, opts ProbeOptions) (Verdict, error) {
 	case ctx.Err() != nil:
 		return Verdict{}, ctx.Err()
 	case err != nil:
-		v.Reason = fmt.Sprintf("Firecracker %s is installed, but did not boot our kernel: %v", binaries[0].Version, err)
+		v.Reason = fmt.Sprintf("Firecracker %s is installed, but did not boot our kernel: %v; %s", binaries[0].Version, err, probe.RetryWords)
 	default:
 		v.Works, v.Reason = true, fmt.Sprintf("our kernel booted on Firecracker %s in %d ms", binaries[0].Version, time.Since(begun).Milliseconds())
 	}
-	return v, probe.Keep(opts.CacheFile, key, v)
+	return v, probe.Keep(opts.CacheFile, key, v.Works, v)
 }
 
 // cannot says what stands against Firecracker without trying.

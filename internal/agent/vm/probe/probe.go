@@ -11,7 +11,9 @@ import (
 	"io"
 	"os"
 	"strings"
+	"time"
 
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmproc"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
@@ -41,6 +43,9 @@ func OpenDevice(path string) error {
 	return f.Close()
 }
 
+// format of what is kept: what an agent wrote in another one is found out anew.
+const format = "2"
+
 // Key names everything that a verdict depends on: the host, the device, the files, and what else is said.
 func Key(device string, files []string, more ...string) (string, error) {
 	sum := sha256.New()
@@ -57,16 +62,26 @@ func Key(device string, files []string, more ...string) (string, error) {
 		return "", wrenn.Wrap(err, wrenn.KindInternal, "cannot tell the host's kernel")
 	}
 	// The device may come and go, or change its owner, without the host being started again.
-	fmt.Fprintf(sum, "%q %s %s %v", more, host, HostCPU(), OpenDevice(device))
+	fmt.Fprintf(sum, "%s %q %s %s %v", format, more, host, HostCPU(), OpenDevice(device))
 	return hex.EncodeToString(sum.Sum(nil)), nil
 }
+
+// Retry is how long a verdict holds that something does not work: a busy host can spoil a test boot, and what was
+// wrong may have been mended. It does not outlive the host's boot.
+const Retry = 6 * time.Hour
+
+// RetryWords tell people when a verdict is looked into again.
+const RetryWords = "it is tried again when the agent starts after the host's next boot or six hours, and at once by `wrenn-agent doctor --again`"
 
 type cached[V any] struct {
 	Key     string `json:"key"`
 	Verdict V      `json:"verdict"`
+	// Only where it is that something does not work:
+	Boot  string    `json:"boot,omitempty"`
+	Until time.Time `json:"until,omitzero"`
 }
 
-// Cached is the verdict that was kept in a file under this key. A file named "" keeps nothing.
+// Cached is the verdict that was kept in a file under this key, if it still holds. A file named "" keeps nothing.
 func Cached[V any](path, key string) (verdict V, ok bool) {
 	b, err := os.ReadFile(path)
 	if err != nil {
@@ -76,15 +91,29 @@ func Cached[V any](path, key string) (verdict V, ok bool) {
 	if json.Unmarshal(b, &c) != nil || c.Key != key {
 		return verdict, false
 	}
-	return c.Verdict, true
+	if c.Until.IsZero() {
+		return c.Verdict, c.Boot == ""
+	}
+	// A clock that was set back must not make it hold for ever.
+	boot, err := vmproc.BootID()
+	left := time.Until(c.Until)
+	return c.Verdict, err == nil && boot == c.Boot && left > 0 && left <= Retry
 }
 
-// Keep keeps a verdict for Cached.
-func Keep[V any](path, key string, verdict V) error {
+// Keep keeps a verdict for Cached: that something works for as long as the key fits, that it does not for Retry.
+func Keep[V any](path, key string, works bool, verdict V) error {
 	if path == "" {
 		return nil
 	}
-	b, err := json.MarshalIndent(cached[V]{key, verdict}, "", "  ")
+	c := cached[V]{Key: key, Verdict: verdict}
+	if !works {
+		boot, err := vmproc.BootID()
+		if err != nil {
+			return err
+		}
+		c.Boot, c.Until = boot, time.Now().UTC().Add(Retry)
+	}
+	b, err := json.MarshalIndent(c, "", "  ")
 	if err != nil {
 		return err
 	}

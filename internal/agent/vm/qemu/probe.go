@@ -84,7 +84,7 @@ func Probe(ctx context.Context, opts ProbeOptions) (Verdict, error) {
 	if !settled {
 		return v, nil
 	}
-	if err := probe.Keep(opts.CacheFile, key, v); err != nil {
+	if err := probe.Keep(opts.CacheFile, key, v.KVM, v); err != nil {
 		opts.Log.Warn("cannot keep the verdict on KVM; the next start probes again", "err", err)
 	}
 	return v, nil
