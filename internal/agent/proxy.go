@@ -64,6 +64,7 @@ func forward(w http.ResponseWriter, r *http.Request, client *guest.Client, token
 			pr.Out.URL.Scheme, pr.Out.URL.Host, pr.Out.Host = "http", client.Host(), client.Host()
 			pr.Out.URL.Path, pr.Out.URL.RawPath = path, ""
 			pr.Out.Header.Set(guest.TokenHeader, token)
+			pr.Out.Header.Del("Expect") // it is let through: the body is asked for as soon as it is read
 		},
 		Transport:     client.Transport,
 		FlushInterval: -1,

@@ -31,7 +31,8 @@ const (
 	pingAfter       = 15 * time.Second // of silence on a connection with open streams
 	pingTimeout     = 10 * time.Second
 	idleTimeout     = 90 * time.Second
-	streamWindow    = 4 << 20 // receive buffer of one stream: bounds what a slow reader holds in memory
+	continueTimeout = 10 * time.Second // for the host to let an upload through; it is sent then all the same
+	streamWindow    = 4 << 20          // receive buffer of one stream: bounds what a slow reader holds in memory
 	connWindow      = 16 << 20
 	clientCertRenew = 12 * time.Hour // half its life
 )
@@ -124,6 +125,8 @@ func (p *Pool) connect(t Target) *host {
 		ForceAttemptHTTP2:   true,
 		DisableCompression:  true,
 		IdleConnTimeout:     idleTimeout,
+
+		ExpectContinueTimeout: continueTimeout,
 		HTTP2: &http.HTTP2Config{
 			SendPingTimeout:               pingAfter,
 			PingTimeout:                   pingTimeout,

@@ -3,7 +3,6 @@ package api
 import (
 	"context"
 	"encoding/base64"
-	"errors"
 	"net/http"
 	"strconv"
 	"time"
@@ -71,17 +70,10 @@ func (s *Server) ExecSandbox(ctx context.Context, req gen.ExecSandboxRequestObje
 		cmd: b.Cmd, args: or(b.Args, nil), shell: or(b.Shell, false), env: b.Env, cwd: b.Cwd, user: b.User,
 		timeout: time.Duration(or(b.TimeoutSec, 0)) * time.Second, stdin: b.Stdin != nil,
 	}
-	for try := 1; ; try++ {
-		g, err := s.guest(ctx, req.ID)
-		if err != nil {
-			return nil, err
-		}
+	return held(ctx, s, req.ID, func(g guest) (gen.ExecSandboxResponseObject, error) {
 		run := &run{client: s.Agents.Process(g.target, g.id), input: []byte(or(b.Stdin, "")), start: time.Now()}
-		res, err := run.answer(ctx, c, or(b.Background, false))
-		if !errors.Is(err, errPaused) || try == maxRefusals {
-			return res, err
-		}
-	}
+		return run.answer(ctx, c, or(b.Background, false))
+	})
 }
 
 // answer runs the command, or starts it in the background.
@@ -250,18 +242,14 @@ func (c *clipped) bytes() []byte {
 
 // ListProcesses implements gen.StrictServerInterface.
 func (s *Server) ListProcesses(ctx context.Context, req gen.ListProcessesRequestObject) (gen.ListProcessesResponseObject, error) {
-	g, err := s.guest(ctx, req.ID)
+	res, err := processCall(ctx, s, req.ID, func(ctx context.Context, c processconnect.ProcessClient) (*connect.Response[process.ListResponse], error) {
+		return c.List(ctx, connect.NewRequest(&process.ListRequest{}))
+	})
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, unaryLimit)
-	defer cancel()
-	res, err := s.Agents.Process(g.target, g.id).List(ctx, connect.NewRequest(&process.ListRequest{}))
-	if err != nil {
-		return nil, guestError(err)
-	}
-	out := gen.ListProcesses200JSONResponse{Processes: make([]gen.Process, 0, len(res.Msg.GetProcesses()))}
-	for _, p := range res.Msg.GetProcesses() {
+	out := gen.ListProcesses200JSONResponse{Processes: make([]gen.Process, 0, len(res.GetProcesses()))}
+	for _, p := range res.GetProcesses() {
 		args := p.GetConfig().GetArgs()
 		if args == nil {
 			args = []string{}
@@ -271,21 +259,30 @@ func (s *Server) ListProcesses(ctx context.Context, req gen.ListProcessesRequest
 	return out, nil
 }
 
+// processCall makes one short call of the guest's process service.
+func processCall[T any](ctx context.Context, s *Server, id string, call func(context.Context, processconnect.ProcessClient) (*connect.Response[T], error)) (*T, error) {
+	return held(ctx, s, id, func(g guest) (*T, error) {
+		ctx, cancel := context.WithTimeout(ctx, unaryLimit)
+		defer cancel()
+		res, err := call(ctx, s.Agents.Process(g.target, g.id))
+		if err != nil {
+			return nil, guestError(err)
+		}
+		return res.Msg, nil
+	})
+}
+
 // SignalProcess implements gen.StrictServerInterface.
 func (s *Server) SignalProcess(ctx context.Context, req gen.SignalProcessRequestObject) (gen.SignalProcessResponseObject, error) {
 	n, err := parseSignal(req.Body.Signal)
 	if err != nil {
 		return nil, err
 	}
-	g, err := s.guest(ctx, req.ID)
+	_, err = processCall(ctx, s, req.ID, func(ctx context.Context, c processconnect.ProcessClient) (*connect.Response[process.SendSignalResponse], error) {
+		return c.SendSignal(ctx, connect.NewRequest(&process.SendSignalRequest{Process: byPID(uint32(req.Pid)), Signal: process.Signal(n)}))
+	})
 	if err != nil {
 		return nil, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, unaryLimit)
-	defer cancel()
-	_, err = s.Agents.Process(g.target, g.id).SendSignal(ctx, connect.NewRequest(&process.SendSignalRequest{Process: byPID(uint32(req.Pid)), Signal: process.Signal(n)}))
-	if err != nil {
-		return nil, guestError(err)
 	}
 	return gen.SignalProcess204Response{}, nil
 }

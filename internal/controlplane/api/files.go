@@ -3,10 +3,12 @@ package api
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"net/http"
 	"net/url"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -30,12 +32,7 @@ var fileHeaders = [...]string{"Content-Length", "Content-Range", "Accept-Ranges"
 
 // readFile streams a file out of a sandbox.
 func (s *Server) readFile(w http.ResponseWriter, r *http.Request) {
-	g, err := s.guest(r.Context(), r.PathValue("id"))
-	if err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	res, err := s.guestFiles(r, g, r.Method, nil, 0)
+	res, err := held(r.Context(), s, r.PathValue("id"), func(g guest) (*http.Response, error) { return s.guestFiles(r, g, r.Method, nil) })
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -67,13 +64,14 @@ type plainWriter struct{ io.Writer }
 
 // writeFile streams a file into a sandbox.
 func (s *Server) writeFile(w http.ResponseWriter, r *http.Request) {
-	g, err := s.guest(r.Context(), r.PathValue("id"))
-	if err != nil {
-		s.fail(w, r, err)
-		return
-	}
-	body := &upload{r.Body, http.NewResponseController(w)}
-	res, err := s.guestFiles(r, g, http.MethodPost, body, r.ContentLength)
+	body := &upload{Reader: r.Body, rc: http.NewResponseController(w)}
+	res, err := held(r.Context(), s, r.PathValue("id"), func(g guest) (*http.Response, error) {
+		res, err := s.guestFiles(r, g, http.MethodPost, body)
+		if errors.Is(err, errPaused) && body.begun.Load() { // what was read of it cannot be had again
+			err = wrenn.Errorf(wrenn.KindInvalidState, "the sandbox was paused when the transfer began; try again")
+		}
+		return res, err
+	})
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -84,7 +82,7 @@ func (s *Server) writeFile(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	_, _ = io.Copy(io.Discard, io.LimitReader(res.Body, maxGuestReply))
-	entry, err := s.stat(r.Context(), g, r.URL.Query().Get("path"), userParam(r))
+	entry, err := s.stat(r.Context(), r.PathValue("id"), r.URL.Query().Get("path"), userParam(r))
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -94,13 +92,15 @@ func (s *Server) writeFile(w http.ResponseWriter, r *http.Request) {
 
 // upload is a body that must keep moving.
 type upload struct {
-	io.ReadCloser
-	rc *http.ResponseController
+	io.Reader
+	rc    *http.ResponseController
+	begun atomic.Bool // something of it may have been read
 }
 
 func (u *upload) Read(p []byte) (int, error) {
+	u.begun.Store(true)
 	_ = u.rc.SetReadDeadline(time.Now().Add(uploadStall)) // not every connection has deadlines
-	n, err := u.ReadCloser.Read(p)
+	n, err := u.Reader.Read(p)
 	if err != nil {
 		_ = u.rc.SetReadDeadline(time.Time{})
 	}
@@ -114,8 +114,9 @@ func userParam(r *http.Request) *string {
 	return nil
 }
 
-// guestFiles asks the guest's /files.
-func (s *Server) guestFiles(r *http.Request, g guest, method string, body io.Reader, length int64) (*http.Response, error) {
+// guestFiles asks the guest's /files. The body, if there is one, is r's: it is not sent before the host lets the
+// request through to the guest.
+func (s *Server) guestFiles(r *http.Request, g guest, method string, body io.Reader) (*http.Response, error) {
 	q := url.Values{"path": {r.URL.Query().Get("path")}}
 	if u := userParam(r); u != nil {
 		q.Set("username", *u)
@@ -125,9 +126,11 @@ func (s *Server) guestFiles(r *http.Request, g guest, method string, body io.Rea
 		return nil, err
 	}
 	if body != nil {
-		req.ContentLength = length
-		if length == 0 {
+		req.ContentLength = r.ContentLength
+		if r.ContentLength == 0 {
 			req.Body = http.NoBody
+		} else {
+			req.Header.Set("Expect", "100-continue")
 		}
 		req.Header.Set("Content-Type", "application/octet-stream")
 	}
@@ -139,7 +142,24 @@ func (s *Server) guestFiles(r *http.Request, g guest, method string, body io.Rea
 	if err != nil {
 		return nil, wrenn.Wrap(err, wrenn.KindHostUnavailable, "the sandbox's host cannot be reached, or the transfer was cut off; try again")
 	}
+	if wrenn.Kind(res.Header.Get(rpc.KindHeader)) == wrenn.KindInvalidState {
+		defer res.Body.Close()
+		return nil, refused(nil, wrenn.Errorf(wrenn.KindInvalidState, "%s", saidIn(res)))
+	}
 	return res, nil
+}
+
+// saidIn is the message in an error of the guest's /files, or of the agent on the way to it.
+func saidIn(res *http.Response) string {
+	var said struct {
+		Message string `json:"message"`
+	}
+	raw, _ := io.ReadAll(io.LimitReader(res.Body, maxGuestReply))
+	_ = json.Unmarshal(raw, &said)
+	if said.Message == "" {
+		return "the sandbox answered " + strconv.Itoa(res.StatusCode)
+	}
+	return clip(said.Message, maxGuestMessage)
 }
 
 // fileKinds are what the guest's /files answers mean.
@@ -153,15 +173,7 @@ var fileKinds = map[int]wrenn.Kind{
 
 // failFile passes an error of the guest's /files, or of the agent on the way to it, on to the user.
 func (s *Server) failFile(w http.ResponseWriter, r *http.Request, res *http.Response) {
-	var said struct {
-		Message string `json:"message"`
-	}
-	raw, _ := io.ReadAll(io.LimitReader(res.Body, maxGuestReply))
-	_ = json.Unmarshal(raw, &said)
-	said.Message = clip(said.Message, maxGuestMessage)
-	if said.Message == "" {
-		said.Message = "the sandbox answered " + strconv.Itoa(res.StatusCode)
-	}
+	message := saidIn(res)
 	if res.StatusCode == http.StatusRequestedRangeNotSatisfiable {
 		w.Header().Set("Content-Range", res.Header.Get("Content-Range"))
 		e := invalid("Range", "is not within the file")
@@ -173,23 +185,26 @@ func (s *Server) failFile(w http.ResponseWriter, r *http.Request, res *http.Resp
 	if fromAgent := wrenn.Kind(res.Header.Get(rpc.KindHeader)); fromAgent != "" {
 		kind, ok = fromAgent, true
 		if kind == wrenn.KindNotFound {
-			kind, said.Message = wrenn.KindAgentError, "the host does not have this sandbox; its state is as last known"
+			kind, message = wrenn.KindAgentError, "the host does not have this sandbox; its state is as last known"
 		}
 	}
 	if !ok {
 		kind = wrenn.KindAgentError
 	}
-	s.fail(w, r, wrenn.Errorf(kind, "%s", said.Message))
+	s.fail(w, r, wrenn.Errorf(kind, "%s", message))
 }
 
-// files is the guest's filesystem service, for one short call.
-func (s *Server) files(ctx context.Context, id string) (context.Context, context.CancelFunc, filesystemconnect.FilesystemClient, error) {
-	g, err := s.guest(ctx, id)
-	if err != nil {
-		return ctx, func() {}, nil, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, unaryLimit)
-	return ctx, cancel, s.Agents.Filesystem(g.target, g.id), nil
+// filesCall makes one short call of the guest's filesystem service.
+func filesCall[T any](ctx context.Context, s *Server, id string, call func(context.Context, filesystemconnect.FilesystemClient) (*connect.Response[T], error)) (*T, error) {
+	return held(ctx, s, id, func(g guest) (*T, error) {
+		ctx, cancel := context.WithTimeout(ctx, unaryLimit)
+		defer cancel()
+		res, err := call(ctx, s.Agents.Filesystem(g.target, g.id))
+		if err != nil {
+			return nil, guestError(err)
+		}
+		return res.Msg, nil
+	})
 }
 
 func request[T any](msg *T, user *string) *connect.Request[T] {
@@ -198,39 +213,32 @@ func request[T any](msg *T, user *string) *connect.Request[T] {
 	return req
 }
 
-func (s *Server) stat(ctx context.Context, g guest, path string, user *string) (gen.FileEntry, error) {
-	ctx, cancel := context.WithTimeout(ctx, unaryLimit)
-	defer cancel()
-	res, err := s.Agents.Filesystem(g.target, g.id).Stat(ctx, request(&filesystem.StatRequest{Path: path}, user))
+func (s *Server) stat(ctx context.Context, id, path string, user *string) (gen.FileEntry, error) {
+	res, err := filesCall(ctx, s, id, func(ctx context.Context, fs filesystemconnect.FilesystemClient) (*connect.Response[filesystem.StatResponse], error) {
+		return fs.Stat(ctx, request(&filesystem.StatRequest{Path: path}, user))
+	})
 	if err != nil {
-		return gen.FileEntry{}, guestError(err)
+		return gen.FileEntry{}, err
 	}
-	return entryJSON(res.Msg.GetEntry()), nil
+	return entryJSON(res.GetEntry()), nil
 }
 
 // StatFile implements gen.StrictServerInterface.
 func (s *Server) StatFile(ctx context.Context, req gen.StatFileRequestObject) (gen.StatFileResponseObject, error) {
-	g, err := s.guest(ctx, req.ID)
-	if err != nil {
-		return nil, err
-	}
-	entry, err := s.stat(ctx, g, req.Params.Path, req.Params.User)
+	entry, err := s.stat(ctx, req.ID, req.Params.Path, req.Params.User)
 	return gen.StatFile200JSONResponse(entry), err
 }
 
 // ListFiles implements gen.StrictServerInterface.
 func (s *Server) ListFiles(ctx context.Context, req gen.ListFilesRequestObject) (gen.ListFilesResponseObject, error) {
-	ctx, cancel, fs, err := s.files(ctx, req.ID)
-	defer cancel()
+	res, err := filesCall(ctx, s, req.ID, func(ctx context.Context, fs filesystemconnect.FilesystemClient) (*connect.Response[filesystem.ListDirResponse], error) {
+		return fs.ListDir(ctx, request(&filesystem.ListDirRequest{Path: req.Params.Path, Depth: uint32(or(req.Params.Depth, 1))}, req.Params.User))
+	})
 	if err != nil {
 		return nil, err
 	}
-	res, err := fs.ListDir(ctx, request(&filesystem.ListDirRequest{Path: req.Params.Path, Depth: uint32(or(req.Params.Depth, 1))}, req.Params.User))
-	if err != nil {
-		return nil, guestError(err)
-	}
-	out := gen.ListFiles200JSONResponse{Entries: make([]gen.FileEntry, 0, len(res.Msg.GetEntries()))}
-	for _, e := range res.Msg.GetEntries() {
+	out := gen.ListFiles200JSONResponse{Entries: make([]gen.FileEntry, 0, len(res.GetEntries()))}
+	for _, e := range res.GetEntries() {
 		out.Entries = append(out.Entries, entryJSON(e))
 	}
 	return out, nil
@@ -238,41 +246,33 @@ func (s *Server) ListFiles(ctx context.Context, req gen.ListFilesRequestObject) 
 
 // MakeDir implements gen.StrictServerInterface.
 func (s *Server) MakeDir(ctx context.Context, req gen.MakeDirRequestObject) (gen.MakeDirResponseObject, error) {
-	ctx, cancel, fs, err := s.files(ctx, req.ID)
-	defer cancel()
+	res, err := filesCall(ctx, s, req.ID, func(ctx context.Context, fs filesystemconnect.FilesystemClient) (*connect.Response[filesystem.MakeDirResponse], error) {
+		return fs.MakeDir(ctx, request(&filesystem.MakeDirRequest{Path: req.Body.Path}, req.Body.User))
+	})
 	if err != nil {
 		return nil, err
 	}
-	res, err := fs.MakeDir(ctx, request(&filesystem.MakeDirRequest{Path: req.Body.Path}, req.Body.User))
-	if err != nil {
-		return nil, guestError(err)
-	}
-	return gen.MakeDir201JSONResponse(entryJSON(res.Msg.GetEntry())), nil
+	return gen.MakeDir201JSONResponse(entryJSON(res.GetEntry())), nil
 }
 
 // MoveFile implements gen.StrictServerInterface.
 func (s *Server) MoveFile(ctx context.Context, req gen.MoveFileRequestObject) (gen.MoveFileResponseObject, error) {
-	ctx, cancel, fs, err := s.files(ctx, req.ID)
-	defer cancel()
+	res, err := filesCall(ctx, s, req.ID, func(ctx context.Context, fs filesystemconnect.FilesystemClient) (*connect.Response[filesystem.MoveResponse], error) {
+		return fs.Move(ctx, request(&filesystem.MoveRequest{Source: req.Body.Source, Destination: req.Body.Destination}, req.Body.User))
+	})
 	if err != nil {
 		return nil, err
 	}
-	res, err := fs.Move(ctx, request(&filesystem.MoveRequest{Source: req.Body.Source, Destination: req.Body.Destination}, req.Body.User))
-	if err != nil {
-		return nil, guestError(err)
-	}
-	return gen.MoveFile200JSONResponse(entryJSON(res.Msg.GetEntry())), nil
+	return gen.MoveFile200JSONResponse(entryJSON(res.GetEntry())), nil
 }
 
 // RemoveFile implements gen.StrictServerInterface.
 func (s *Server) RemoveFile(ctx context.Context, req gen.RemoveFileRequestObject) (gen.RemoveFileResponseObject, error) {
-	ctx, cancel, fs, err := s.files(ctx, req.ID)
-	defer cancel()
+	_, err := filesCall(ctx, s, req.ID, func(ctx context.Context, fs filesystemconnect.FilesystemClient) (*connect.Response[filesystem.RemoveResponse], error) {
+		return fs.Remove(ctx, request(&filesystem.RemoveRequest{Path: req.Params.Path}, req.Params.User))
+	})
 	if err != nil {
 		return nil, err
-	}
-	if _, err := fs.Remove(ctx, request(&filesystem.RemoveRequest{Path: req.Params.Path}, req.Params.User)); err != nil {
-		return nil, guestError(err)
 	}
 	return gen.RemoveFile204Response{}, nil
 }
@@ -292,23 +292,31 @@ func (s *Server) watchFiles(w http.ResponseWriter, r *http.Request) {
 	recursive, _ := strconv.ParseBool(q.Get("recursive")) // checked against the contract
 	k.end(func() error {
 		defer context.AfterFunc(k.conn.CloseRead(k.ctx), k.stop)() // the client has nothing to say; reading tells when it leaves
-		stream, err := s.Agents.Filesystem(g.target, g.id).WatchDir(k.ctx, request(&filesystem.WatchDirRequest{Path: q.Get("path"), Recursive: recursive}, userParam(r)))
-		if err != nil {
-			return guestError(err)
-		}
-		defer stream.Close()
-		for stream.Receive() {
-			if m, ok := watchMessage(stream.Msg()); ok {
-				if err := k.send(m); err != nil {
-					return nil
-				}
+		_, err := held(k.ctx, s, g.id, func(g guest) (struct{}, error) {
+			stream, err := s.Agents.Filesystem(g.target, g.id).WatchDir(k.ctx, request(&filesystem.WatchDirRequest{Path: q.Get("path"), Recursive: recursive}, userParam(r)))
+			if err != nil {
+				return struct{}{}, guestError(err)
+			}
+			defer stream.Close()
+			return struct{}{}, k.passWatch(stream)
+		})
+		return err
+	}())
+}
+
+// passWatch passes what happens in a watched directory to the client, until it leaves or the watch ends.
+func (k *socket) passWatch(stream *connect.ServerStreamForClient[filesystem.WatchDirResponse]) error {
+	for stream.Receive() {
+		if m, ok := watchMessage(stream.Msg()); ok {
+			if k.send(m) != nil {
+				return nil // the client left
 			}
 		}
-		if err := stream.Err(); err != nil {
-			return guestError(err)
-		}
-		return wrenn.Errorf(wrenn.KindAgentError, "the watch ended; connect again")
-	}())
+	}
+	if err := stream.Err(); err != nil {
+		return guestError(err)
+	}
+	return wrenn.Errorf(wrenn.KindAgentError, "the watch ended; connect again")
 }
 
 var watchEvents = map[filesystem.EventType]gen.WatchMessageEvent{

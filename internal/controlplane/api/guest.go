@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"net/http"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -27,7 +28,7 @@ type guest struct {
 func (s *Server) guest(ctx context.Context, id string) (guest, error) {
 	team := auth.From(ctx).TeamID
 	row, err := s.st.Team(team).SandboxRoute(ctx, id)
-	if err == nil && toBeAwaited(row) {
+	for try := 0; err == nil && toBeAwaited(row) && try < maxWakes; try++ { // it may be paused again at once
 		if err := s.Fleet.Wake(ctx, actor(ctx), team, id); err != nil {
 			return guest{}, err
 		}
@@ -79,8 +80,42 @@ var guestKinds = map[connect.Code]wrenn.Kind{
 // errPaused tells that a host refused a request into a sandbox which does not run any more: nothing of it was done.
 var errPaused = errors.New("paused meanwhile")
 
-// maxRefusals is how often one request is tried again because its sandbox was paused on its way there.
-const maxRefusals = 3
+const (
+	// maxWakes is how often one attempt of a request wakes its sandbox before it reaches the host.
+	maxWakes = 3
+	// heldFor is how long a request is tried again because its host refused it. Mostly once is enough, as the row
+	// says why; one whose VM ended by itself is known as running until its host is heard.
+	heldFor    = 10 * time.Second
+	heldEvery  = 20 * time.Millisecond
+	heldEvery2 = time.Second // at last
+)
+
+// held makes a call into a sandbox. One that its host refuses because a pause was quicker waits for the pause to
+// end, and is made again when the sandbox runs.
+func held[T any](ctx context.Context, s *Server, id string, call func(guest) (T, error)) (T, error) {
+	deadline := time.Now().Add(heldFor)
+	for wait := heldEvery; ; wait = min(2*wait, heldEvery2) {
+		g, err := s.guest(ctx, id)
+		if err != nil {
+			var none T
+			return none, err
+		}
+		res, err := call(g)
+		if !errors.Is(err, errPaused) || time.Now().After(deadline) {
+			return res, err
+		}
+		select {
+		case <-ctx.Done():
+			return res, err
+		case <-time.After(wait):
+		}
+	}
+}
+
+// refused marks an error of a host as one of a request that did not reach its guest.
+func refused(cause error, pub *wrenn.Error) error {
+	return wrenn.Wrap(errors.Join(errPaused, cause), pub.Kind, "%s", pub.Message)
+}
 
 const maxGuestMessage = 512
 
@@ -91,7 +126,7 @@ func guestError(err error) error {
 	if !errors.As(err, &ce) || ce.Meta().Get(rpc.KindHeader) != "" || !connect.IsWireError(err) {
 		own := rpc.FromConnect(err)
 		if pub := wrenn.Public(own); pub.Kind == wrenn.KindInvalidState {
-			return wrenn.Wrap(errors.Join(errPaused, err), pub.Kind, "%s", pub.Message)
+			return refused(err, pub)
 		}
 		if wrenn.KindOf(own) == wrenn.KindNotFound {
 			return wrenn.Wrap(err, wrenn.KindAgentError, "the host does not have this sandbox; its state is as last known")

@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/wrenn-sandbox/wrenn/internal/controlplane/planetest"
@@ -452,27 +454,83 @@ func TestChangesOnce(t *testing.T) {
 	}
 }
 
-// A command whose sandbox is paused while it is on its way there runs all the same, once.
+// A request whose sandbox is paused while it is on its way there is held, and done when the sandbox runs again:
+// once, whatever it is. Without auto_resume it is told that the sandbox is paused.
 func TestPausedOnTheWay(t *testing.T) {
 	t.Parallel()
 	p := planetest.New(t, planetest.Options{})
 	h := p.AddHost()
 	u := p.NewUser()
 	sb, still := create(t, u, map[string]any{"auto_resume": true}), create(t, u, nil)
-	var once sync.Map
+	var armed atomic.Bool
 	h.OnGuest(func(id string) {
-		if _, again := once.LoadOrStore(id, true); !again {
+		if armed.CompareAndSwap(true, false) {
 			if a, err := p.Try(context.Background(), "POST", "/v1/sandboxes/"+id+"/pause", nil, u.Header()); err != nil || a.Status != 200 {
 				t.Errorf("pause: %v %s", err, a.Body)
 			}
 		}
 	})
-	var res struct{ Stdout string }
-	u.Do("POST", "/v1/sandboxes/"+sb.ID+"/exec", map[string]any{"cmd": "echo", "args": []string{"hi"}}).Want(t, 200, &res)
-	if res.Stdout != "hi\n" || h.Resumes() != 1 {
-		t.Errorf("%q, resumed %d times", res.Stdout, h.Resumes())
+	path := "/v1/sandboxes/" + sb.ID
+	var bg struct{ PID int }
+	u.Do("POST", path+"/exec", map[string]any{"cmd": "sleep", "args": []string{"100"}, "background": true}).Want(t, 202, &bg)
+	process := path + "/processes/" + strconv.Itoa(bg.PID)
+	large := strings.Repeat("0123456789abcdef", 512<<10) // more than may be on its way unread
+	first := func(stream string, start message, want string) func() {
+		return func() {
+			s := dial(t, p, u, path+stream)
+			if start.Type != "" {
+				s.send(start)
+			}
+			if m := s.next(); m.Type != want {
+				t.Errorf("%s: first comes %+v", stream, m)
+			}
+			_ = s.conn.CloseNow()
+		}
 	}
-	u.Do("POST", "/v1/sandboxes/"+still.ID+"/exec", map[string]any{"cmd": "true"}).WantError(t, 409, "invalid_state")
+	for _, tc := range []struct {
+		name string
+		do   func()
+	}{
+		{"exec", func() {
+			var res struct{ Stdout string }
+			u.Do("POST", path+"/exec", map[string]any{"cmd": "echo", "args": []string{"hi"}}).Want(t, 200, &res)
+			if res.Stdout != "hi\n" {
+				t.Errorf("it printed %q", res.Stdout)
+			}
+		}},
+		{"upload", func() { u.Do("PUT", path+"/files?path=large", large).Want(t, 200, nil) }},
+		{"empty upload", func() { u.Do("PUT", path+"/files?path=empty", "").Want(t, 200, nil) }},
+		{"download", func() {
+			if a := u.Do("GET", path+"/files?path=large", nil).Want(t, 200, nil); string(a.Body) != large {
+				t.Errorf("%d bytes, want %d", len(a.Body), len(large))
+			}
+		}},
+		{"mkdir", func() { u.Do("POST", path+"/files/mkdir", map[string]any{"path": "dir"}).Want(t, 201, nil) }},
+		{"list", func() { u.Do("GET", path+"/files/list?path=dir", nil).Want(t, 200, nil) }},
+		{"stat", func() { u.Do("GET", path+"/files/stat?path=dir", nil).Want(t, 200, nil) }},
+		{"move", func() {
+			u.Do("POST", path+"/files/move", map[string]any{"source": "dir", "destination": "moved"}).Want(t, 200, nil)
+		}},
+		{"delete", func() { u.Do("DELETE", path+"/files?path=moved", nil).Want(t, 204, nil) }},
+		{"processes", func() { u.Do("GET", path+"/processes", nil).Want(t, 200, nil) }},
+		{"attach", first("/processes/"+strconv.Itoa(bg.PID)+"/attach", message{}, "start")},
+		{"stream", first("/exec/stream", message{Type: "start", Cmd: "true"}, "start")},
+		{"terminal", first("/pty", message{Type: "start"}, "start")},
+		{"watch", first("/files/watch?path=.", message{}, "start")},
+		{"signal", func() { u.Do("POST", process+"/signal", map[string]any{"signal": "KILL"}).Want(t, 204, nil) }},
+	} {
+		before := h.Resumes()
+		armed.Store(true)
+		tc.do()
+		if n := h.Resumes() - before; n != 1 {
+			t.Errorf("%s: resumed %d times", tc.name, n)
+		}
+	}
+	for _, tc := range []struct{ method, path string }{{"GET", "/files?path=large"}, {"GET", "/processes"}, {"PUT", "/files?path=x"}} {
+		armed.Store(true)
+		u.Do(tc.method, "/v1/sandboxes/"+still.ID+tc.path, nil).WantError(t, 409, "invalid_state")
+		u.Do("POST", "/v1/sandboxes/"+still.ID+"/resume", nil).Want(t, 200, nil)
+	}
 }
 
 // A paused sandbox leaves its vCPUs and memory to others; a resume that finds no room tells what is missing

@@ -206,15 +206,10 @@ func (s *Server) startStream(w http.ResponseWriter, r *http.Request, build func(
 			return err
 		}
 		// The client took its time: meanwhile the sandbox may have been paused.
-		if g, err = s.guest(k.ctx, g.id); err != nil {
-			return err
-		}
-		client := s.Agents.Process(g.target, g.id)
-		stream, err := client.Start(k.ctx, c.request())
-		if err != nil {
-			return guestError(err)
-		}
-		return k.follow(client, started{stream}, c)
+		return k.run(g.id, c, func(client processconnect.ProcessClient) (events, error) {
+			stream, err := client.Start(k.ctx, c.request())
+			return started{stream}, err
+		})
 	}())
 }
 
@@ -234,14 +229,23 @@ func (s *Server) attachProcess(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	k.end(func() error {
-		client := s.Agents.Process(g.target, g.id)
+	k.end(k.run(g.id, command{}, func(client processconnect.ProcessClient) (events, error) {
 		stream, err := client.Connect(k.ctx, connect.NewRequest(&process.ConnectRequest{Process: byPID(pid)}))
+		return attached{stream}, err
+	}))
+}
+
+// run opens a process's events and follows them to their end. A host that refuses does so before the first.
+func (k *socket) run(id string, c command, open func(processconnect.ProcessClient) (events, error)) error {
+	_, err := held(k.ctx, k.srv, id, func(g guest) (struct{}, error) {
+		client := k.srv.Agents.Process(g.target, g.id)
+		ev, err := open(client)
 		if err != nil {
-			return guestError(err)
+			return struct{}{}, guestError(err)
 		}
-		return k.follow(client, attached{stream}, command{})
-	}())
+		return struct{}{}, k.follow(client, ev, c)
+	})
+	return err
 }
 
 // events are what a process does, from a start or from an attach.
