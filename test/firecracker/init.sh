@@ -1,5 +1,6 @@
 #!/bin/bash
 # The first process of the emulated machine: it has KVM by SVM, runs the suites and switches the machine off.
+# Its serial ports: the console, what the tests print, and a sign of life every few seconds.
 mount -t proc proc /proc
 mountpoint -q /sys || mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev 2>/dev/null
@@ -9,18 +10,18 @@ mount -t tmpfs shm /dev/shm
 mount -t tmpfs run /run
 mount -t cgroup2 cgroup /sys/fs/cgroup
 mount -o remount,rw /
+(while echo alive; do sleep 3; done) >/dev/ttyS2 &
 modprobe -a kvm-amd tun loop veth nf_tables xfs
 ip link set lo up
 hostname emulated
+stty -F /dev/ttyS1 raw -echo
 export HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin TMPDIR=/var/tmp
-mkdir -p /payload && mount /dev/vdb /payload
-mkdir -p /payload/results
+mkdir -p /payload && mount -o ro /dev/vdb /payload
 . /payload/environment
-bash /payload/suites.sh /payload /payload/results
-echo done >/payload/results/done
+bash /payload/suites.sh /payload /dev/ttyS1
+echo '=== done' >/dev/ttyS1
 kill -9 -1
-sleep 1
-umount /payload || { sync; mount -o remount,ro /payload; }
 sync
+mount -o remount,ro /
 echo o >/proc/sysrq-trigger
 exec sleep 60

@@ -1,7 +1,7 @@
 //go:build linux
 
-// Command firecracker runs the tests that need a hypervisor with a real Firecracker: the conformance suite, the
-// agent's own tests and the end-to-end tests. Where KVM runs our kernel it does so right here; elsewhere inside an
+// Command firecracker runs the tests that need a hypervisor with a real Firecracker: the conformance suite, what confines
+// VMMs, the agent's own tests and the end-to-end tests. Where KVM runs our kernel it does so right here; elsewhere inside an
 // emulated machine that has KVM (an AMD processor with SVM, emulated by QEMU), with longer time limits. It prints
 // what the tests print, and fails if fewer checks passed than QEMU runs.
 //
@@ -30,22 +30,30 @@ func main() { os.Exit(program()) }
 func program() int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	in := inputs{firecracker: os.Getenv("FIRECRACKER_BIN"), jailer: os.Getenv("JAILER_BIN")}
-	if in.firecracker == "" || in.jailer == "" {
+	if len(binaries()) == 0 {
 		fmt.Println("skipped: FIRECRACKER_BIN and JAILER_BIN do not name a Firecracker and its jailer (of one release, from Firecracker's release page)")
 		return 0
 	}
-	if err := run(ctx, in); err != nil {
+	if err := run(ctx, inputs{}); err != nil {
 		fmt.Fprintln(os.Stderr, "test/firecracker:", err)
 		return 1
 	}
 	return 0
 }
 
-// inputs are what is tested and with what.
-type inputs struct {
-	firecracker, jailer string
-	bin, kernel, images string // as of test/stack
+// inputs are what is tested, as of test/stack.
+type inputs struct{ bin, kernel, images string }
+
+// binaries are pairs of a Firecracker and its jailer. The variables may name several, separated by colons: VMs then run
+// with the newest, and a resume is tested that takes another.
+func binaries() (pairs [][2]string) {
+	jailers := filepath.SplitList(os.Getenv("JAILER_BIN"))
+	for i, path := range filepath.SplitList(os.Getenv("FIRECRACKER_BIN")) {
+		if i < len(jailers) {
+			pairs = append(pairs, [2]string{path, jailers[i]})
+		}
+	}
+	return pairs
 }
 
 // suite is a test program and what it must run.
@@ -57,8 +65,13 @@ type suite struct {
 
 // suites are all, or those that the arguments name.
 func suites() []suite {
+	conformance := []string{"TestEveryRequestIsAsFirecrackerDescribesIt"}
+	if len(binaries()) < 2 {
+		conformance = append(conformance, "TestResumeTakesTheVersionThatSaved")
+	}
 	all := []suite{
-		{"conformance", "./internal/agent/vm/firecracker", ".", "TestEveryRequestIsAsFirecrackerDescribesIt"},
+		{"conformance", "./internal/agent/vm/firecracker", ".", strings.Join(conformance, "|")},
+		{"processes", "./internal/agent/vm/vmproc", ".", ""}, // with version 2 of cgroups
 		{"agent", "./internal/agent", "TestLifeOfASandbox|TestForkCheckpointAndRollback", ""},
 		{"e2e", "./test/e2e", ".", "TestNeighbourUnderAttack|TestHostOutlivesItsCredentials"},
 	}
@@ -99,16 +112,13 @@ func run(ctx context.Context, in inputs) error {
 	}
 	fmt.Println("here:", verdict.Reason)
 	begun := time.Now()
-	results := filepath.Join(dir, "results")
+	got := results{}
 	if verdict.Works {
-		err = direct(ctx, stage, results)
+		err = direct(ctx, stage, filepath.Join(dir, "results"), got)
 	} else {
-		err = inMachine(ctx, dir, stage, results)
+		err = inMachine(ctx, dir, stage, got)
 	}
-	if err != nil {
-		return err
-	}
-	return report(results, want, time.Since(begun))
+	return errors.Join(err, got.report(want, time.Since(begun)))
 }
 
 // stage collects in a directory all that the tests need: programs, images, test binaries.
@@ -130,9 +140,11 @@ func (in inputs) stage(ctx context.Context, dir string) error {
 		}
 	}
 	copies := [][2]string{
-		{in.firecracker, "firecracker/firecracker"}, {in.jailer, "firecracker/jailer"},
 		{filepath.Join(in.bin, "."), "builds"}, {filepath.Join(filepath.Dir(in.kernel), "."), "kernels"},
 		{filepath.Join(in.images, "minimal.ext4"), "images/"}, {filepath.Join(in.images, "minimal.json"), "images/"},
+	}
+	for i, pair := range binaries() {
+		copies = append(copies, [2]string{pair[0], fmt.Sprintf("firecracker/firecracker-%d", i)}, [2]string{pair[1], fmt.Sprintf("firecracker/jailer-%d", i)})
 	}
 	for _, c := range copies {
 		from := c[0]
@@ -188,11 +200,11 @@ func expected(ctx context.Context, stage string) (map[string][]string, error) {
 }
 
 // direct runs the suites on this host.
-func direct(ctx context.Context, stage, results string) error {
-	if err := os.MkdirAll(results, 0o755); err != nil {
-		return err
-	}
-	cmd := exec.CommandContext(ctx, "bash", "-c", suiteScript, "suites", stage, results)
+func direct(ctx context.Context, stage, file string, got results) error {
+	cmd := exec.CommandContext(ctx, "bash", "-c", suiteScript(got), "suites", stage, file)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	return cmd.Run()
+	err := cmd.Run()
+	printed, readErr := os.ReadFile(file)
+	got.add(string(printed))
+	return errors.Join(err, readErr)
 }

@@ -3,16 +3,29 @@
 package main
 
 import (
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 )
 
+const fine = "=== RUN   TestA\n--- PASS: TestA (0.10s)\n    --- PASS: TestA/one (0.05s)\n"
+
+// logs is what a whole run prints, with this for the conformance suite.
+func logs(conformance string) string {
+	var all strings.Builder
+	for _, s := range suites() {
+		text := fine
+		if s.name == "conformance" {
+			text = conformance
+		}
+		all.WriteString("=== suite " + s.name + "\n" + text)
+	}
+	return all.String() + "=== done\n"
+}
+
 func TestReportFailsForWhatDidNotRun(t *testing.T) {
 	t.Parallel()
-	const fine = "=== RUN   TestA\n--- PASS: TestA (0.10s)\n    --- PASS: TestA/one (0.05s)\n"
+	want := map[string][]string{"conformance": {"TestA", "TestA/one"}}
 	for name, c := range map[string]struct{ log, complains string }{
 		"all passed":  {fine, ""},
 		"one failed":  {fine + "--- FAIL: TestB (1.00s)\n", "1 failed"},
@@ -20,22 +33,37 @@ func TestReportFailsForWhatDidNotRun(t *testing.T) {
 		"one skipped": {strings.Replace(fine, "    --- PASS", "    --- SKIP", 1), "TestA/one SKIP"},
 		"no output":   {"", "TestA"},
 	} {
-		dir := t.TempDir()
-		for _, s := range suites() {
-			log := fine
-			if s.name == "conformance" {
-				log = c.log
-			}
-			if err := os.WriteFile(filepath.Join(dir, s.name+".log"), []byte(log), 0o600); err != nil {
-				t.Fatal(err)
-			}
+		r := results{}
+		if !r.add(logs(c.log)) {
+			t.Errorf("%s: the end was not seen", name)
 		}
-		err := report(dir, map[string][]string{"conformance": {"TestA", "TestA/one"}}, time.Second)
+		err := r.report(want, time.Second)
 		if c.complains == "" && err != nil || c.complains != "" && (err == nil || !strings.Contains(err.Error(), c.complains)) {
 			t.Errorf("%s: %v, want %q", name, err, c.complains)
 		}
 	}
-	if err := report(t.TempDir(), nil, time.Second); err == nil {
+	if err := (results{}).report(want, time.Second); err == nil {
 		t.Error("no results at all are a success")
+	}
+}
+
+func TestATryGoesOnWhereTheLastOneHung(t *testing.T) {
+	t.Parallel()
+	r := results{}
+	if r.add("=== suite conformance\n--- PASS: TestA (1.0s)\n    --- PASS: TestA/one (0.1s)\n--- FAIL: TestB (1.0s)\n=== RUN   TestC\n") {
+		t.Error("a try that hung is at its end")
+	}
+	if got := r.settled("conformance"); got != "^(TestA|TestB)$" {
+		t.Errorf("the next try leaves out %q", got)
+	}
+	if got := r.settled("e2e"); got != "" {
+		t.Errorf("of a suite that did not begin, the next try leaves out %q", got)
+	}
+	if !r.add(logs("--- PASS: TestB (1.0s)\n--- PASS: TestC (1.0s)\n")) {
+		t.Error("the second try has no end")
+	}
+	want := map[string][]string{"conformance": {"TestA", "TestA/one", "TestC"}}
+	if err := r.report(want, time.Second); err == nil || !strings.Contains(err.Error(), "1 failed") || r["conformance"]["TestB"] != "FAIL" {
+		t.Errorf("what failed in the first try is forgotten: %v, %v", err, r)
 	}
 }

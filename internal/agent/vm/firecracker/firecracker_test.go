@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -91,54 +92,22 @@ func TestFirecrackerConforms(t *testing.T) {
 	vmtest.Exercise(t, l.Env(l.limited, l.confined))
 }
 
+func (l *fcLab) bounds(t *testing.T, cfg vm.Config) vmproc.Limits {
+	t.Helper()
+	bounds, err := New(l.verdict, l.opts).limits(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return bounds
+}
+
 func (l *fcLab) confined(t *testing.T, cfg vm.Config, h vm.Handle) {
 	l.Confined(t, cfg, h)
-	l.Limited(t, cfg, h, limits(cfg))
+	l.Limited(t, cfg, h, l.bounds(t, cfg))
 	// Seen from inside its jail, where the files of the host have other names.
 	l.Descriptors(t, h, memoryPath, diskPath(0), diskPath(1), logPath, metricsPath, mappedPath, "/dev/kvm", "/dev/net/tun")
 	if entries, err := os.ReadDir(filepath.Join(workDir(h), jailFolder)); err != nil || len(entries) > 0 {
 		t.Errorf("the host sees %v in the jail's directory, %v", entries, err)
-	}
-}
-
-func TestBalloonTakesMemoryAndTells(t *testing.T) {
-	l := newLab(t)
-	cfg := l.Config(t)
-	d := New(l.verdict, l.opts)
-	ctx, cancel := context.WithTimeout(t.Context(), vmtest.Stretch(time.Minute))
-	defer cancel()
-	h, err := d.Start(ctx, cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := d.Destroy(context.WithoutCancel(ctx), h); err != nil {
-			t.Error(err)
-		}
-	}()
-	if answer, err := l.Ask(ctx, cfg, "ping"); err != nil || answer != "pong" {
-		t.Fatalf("the guest says %q, %v", answer, err)
-	}
-	if err := d.SetBalloon(ctx, h, 16); err != nil {
-		t.Fatal(err)
-	}
-	for {
-		stats, err := d.Balloon(ctx, h)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if stats.ActualMB == 16 && stats.TotalMemory > 0 {
-			t.Logf("balloon: %+v", stats)
-			break
-		}
-		select {
-		case <-ctx.Done():
-			t.Fatalf("the balloon stays at %+v", stats)
-		case <-time.After(50 * time.Millisecond):
-		}
-	}
-	if answer, err := l.Ask(ctx, cfg, "ping"); err != nil || answer != "pong" {
-		t.Errorf("with a balloon the guest says %q, %v", answer, err)
 	}
 }
 
@@ -170,6 +139,38 @@ func TestWalls(t *testing.T) {
 	}
 	// The jailer gives its root directory to the VMM: that may fill it, which costs its own memory.
 	l.Walls(t, d, place, "/", "/run", "/dev", "/dev/kvm", "/dev/net/tun", "/dev/urandom", "/dev/userfaultfd")
+}
+
+// TestWithoutItsJailerOnlyIfAllowed takes the jailer away: the launcher's own jail has to do the same.
+func TestWithoutItsJailerOnlyIfAllowed(t *testing.T) {
+	l := newLab(t)
+	alone := l.verdict.Binaries[0]
+	alone.Jailer = ""
+	l.verdict.Binaries = []Binary{alone}
+	cfg := l.Config(t)
+	_, err := New(l.verdict, l.opts).Start(t.Context(), cfg)
+	if err == nil || !strings.Contains(wrenn.Public(err).Message, "AGENT_ALLOW_UNJAILED=1") {
+		t.Errorf("without the jailer it starts: %v", err)
+	}
+	if left, err := l.Leftovers(cfg); err != nil || len(left) > 0 {
+		t.Errorf("left over: %v %v", left, err)
+	}
+	l.opts.Unjailed = true
+	saved := vm.SnapshotFiles{State: filepath.Join(cfg.Dir, "saved.state"), Memory: cfg.MemoryFile}
+	b := l.start(t, cfg)
+	if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", b.h.PID)); err != nil || exe != "/firecracker" {
+		t.Errorf("the VMM is %s, %v", exe, err)
+	}
+	l.Confined(t, cfg, b.h)
+	l.Limited(t, cfg, b.h, l.bounds(t, cfg))
+	b.says("fill 6 24", "ok")
+	if err := errors.Join(b.d.Pause(b.ctx, b.h), b.d.Snapshot(b.ctx, b.h, saved)); err != nil {
+		t.Fatal(err)
+	}
+	b.destroy()
+	cfg.Restore = &saved
+	b = l.start(t, cfg)
+	b.says("check", "6 24")
 }
 
 // TestResumeTakesTheVersionThatSaved needs two releases in the directory.

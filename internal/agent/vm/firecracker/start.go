@@ -106,8 +106,11 @@ func (s *starting) run(ctx context.Context) (vm.Handle, error) {
 
 // prepare makes everything that the VM consists of, and names it for the jail.
 func (s *starting) prepare(ctx context.Context) ([]vmproc.Bind, error) {
-	var err error
-	if s.cgroup, err = vmproc.NewCgroup(s.driver.opts.CgroupParent, s.cfg.Cgroup, limits(s.cfg)); err != nil {
+	bounds, err := s.driver.limits(s.cfg)
+	if err != nil {
+		return nil, err
+	}
+	if s.cgroup, err = vmproc.NewCgroup(s.driver.opts.CgroupParent, s.cfg.Cgroup, bounds); err != nil {
 		return nil, err
 	}
 	if err := s.makeDir(); err != nil {
@@ -165,9 +168,13 @@ func (s *starting) makeDir() error {
 	return err
 }
 
-func limits(cfg vm.Config) vmproc.Limits {
+func (d *Driver) limits(cfg vm.Config) (vmproc.Limits, error) {
 	mb := cfg.MemoryMB + cfg.MemoryMB*overheadPerMille/1000 + overheadMB
-	return vmproc.Limits{MemoryBytes: int64(mb) << 20, CPUs: float64(cfg.VCPUs) + extraCPUs, PIDs: cfg.VCPUs + maxThreads}
+	all := d.opts.Disk.All(len(cfg.Disks))
+	io, err := vmproc.NewIO(cfg.Dir, all.BytesPerSec, all.OpsPerSec)
+	return vmproc.Limits{
+		MemoryBytes: int64(mb) << 20, CPUs: float64(cfg.VCPUs) + extraCPUs, PIDs: cfg.VCPUs + maxThreads, IO: io,
+	}, vm.FileError(err, "the directory")
 }
 
 func grow(disk vm.Disk) error {

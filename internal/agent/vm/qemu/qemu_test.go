@@ -67,6 +67,15 @@ func (l *qemuLab) limited(limits vm.DiskLimits) vm.Driver {
 	return New(l.verdict, opts)
 }
 
+func (l *qemuLab) bounds(t *testing.T, cfg vm.Config) vmproc.Limits {
+	t.Helper()
+	bounds, err := New(l.verdict, l.opts).limits(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return bounds
+}
+
 func (l *qemuLab) confined(t *testing.T, cfg vm.Config, h vm.Handle) {
 	l.Confined(t, cfg, h)
 	own := []string{cfg.MemoryFile, cfg.Disks[0].Path, cfg.Disks[1].Path, "/dev/net/tun", "/memfd:qemu-stderr", "/memfd:guest-memory"}
@@ -74,7 +83,7 @@ func (l *qemuLab) confined(t *testing.T, cfg vm.Config, h vm.Handle) {
 		own = append(own, cfg.Restore.State)
 	}
 	l.Descriptors(t, h, own...)
-	l.Limited(t, cfg, h, New(l.verdict, l.opts).limits(cfg))
+	l.Limited(t, cfg, h, l.bounds(t, cfg))
 	if status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", h.PID)); err != nil || !strings.Contains(string(status), "CapBnd:\t0000000000000000") {
 		t.Errorf("QEMU may gain capabilities: %s, %v", status, err)
 	}

@@ -62,8 +62,11 @@ type starting struct {
 }
 
 func (s *starting) run(ctx context.Context) (vm.Handle, error) {
-	var err error
-	if s.cgroup, err = vmproc.NewCgroup(s.driver.opts.CgroupParent, s.cfg.Cgroup, s.driver.limits(s.cfg)); err != nil {
+	bounds, err := s.driver.limits(s.cfg)
+	if err != nil {
+		return vm.Handle{}, err
+	}
+	if s.cgroup, err = vmproc.NewCgroup(s.driver.opts.CgroupParent, s.cfg.Cgroup, bounds); err != nil {
 		return vm.Handle{}, err
 	}
 	o, err := s.open(ctx)
@@ -97,14 +100,16 @@ func (s *starting) run(ctx context.Context) (vm.Handle, error) {
 	}, nil
 }
 
-func (d *Driver) limits(cfg vm.Config) vmproc.Limits {
+func (d *Driver) limits(cfg vm.Config) (vmproc.Limits, error) {
 	mb := cfg.MemoryMB + cfg.MemoryMB*overheadPerMille/1000 + overheadMB
 	if !d.verdict.KVM {
 		mb += translationMB
 	}
+	all := d.opts.Disk.All(len(cfg.Disks))
+	io, err := vmproc.NewIO(cfg.Dir, all.BytesPerSec, all.OpsPerSec)
 	return vmproc.Limits{
-		MemoryBytes: int64(mb) << 20, CPUs: float64(cfg.VCPUs) + extraCPUs, PIDs: cfg.VCPUs + maxThreads,
-	}
+		MemoryBytes: int64(mb) << 20, CPUs: float64(cfg.VCPUs) + extraCPUs, PIDs: cfg.VCPUs + maxThreads, IO: io,
+	}, vm.FileError(err, "the directory")
 }
 
 // ready waits until QEMU has taken the configuration, and the snapshot if there is one, and lets the

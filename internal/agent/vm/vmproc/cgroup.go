@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -25,6 +26,7 @@ type Limits struct {
 	MemoryBytes int64
 	CPUs        float64
 	PIDs        int
+	IO          IO
 }
 
 // Hierarchy is where this host's cgroup controllers are: the unified one (v2) if it has them, else one
@@ -32,10 +34,19 @@ type Limits struct {
 type Hierarchy struct {
 	unified string            // mount point, "" if v1 is used
 	v1      map[string]string // controller → mount point
+	io      string            // name of the controller for disks, "" if there is none
 }
 
+// needed are the controllers without which no VM is run.
+func needed() []string { return []string{"cpu", "memory", "pids"} }
+
 // controllers are the ones that bound a VMM.
-func controllers() []string { return []string{"cpu", "memory", "pids"} }
+func (h *Hierarchy) controllers() []string {
+	if h.io == "" {
+		return needed()
+	}
+	return append(needed(), h.io)
+}
 
 // FindHierarchy looks at the mounts of this process. Its error names the controller that is missing.
 func FindHierarchy() (*Hierarchy, error) {
@@ -53,8 +64,11 @@ func FindHierarchy() (*Hierarchy, error) {
 		}
 		switch tail[0] {
 		case "cgroup2":
-			if hasControllers(fields[4]) {
+			if have := controllersAt(fields[4]); missing(have) == "" {
 				h.unified = fields[4]
+				if slices.Contains(have, ioV2) {
+					h.io = ioV2
+				}
 			}
 		case "cgroup":
 			for option := range strings.SplitSeq(tail[2], ",") {
@@ -65,26 +79,32 @@ func FindHierarchy() (*Hierarchy, error) {
 	if h.unified != "" {
 		return h, nil
 	}
-	for _, c := range controllers() {
-		if h.v1[c] == "" {
-			return nil, fmt.Errorf("no cgroup controller %q is mounted, neither v2 nor v1", c)
-		}
+	if c := missing(slices.Collect(maps.Keys(h.v1))); c != "" {
+		return nil, fmt.Errorf("no cgroup controller %q is mounted, neither v2 nor v1", c)
+	}
+	if h.v1[ioV1] != "" {
+		h.io = ioV1
 	}
 	return h, nil
 }
 
-func hasControllers(mount string) bool {
+// controllersAt are those of the unified hierarchy.
+func controllersAt(mount string) []string {
 	b, err := os.ReadFile(filepath.Join(mount, "cgroup.controllers"))
 	if err != nil {
-		return false
+		return nil
 	}
-	have := " " + strings.TrimSpace(string(b)) + " "
-	for _, c := range controllers() {
-		if !strings.Contains(have, " "+c+" ") {
-			return false
+	return strings.Fields(string(b))
+}
+
+// missing is a controller that is needed and not there, "" if all are.
+func missing(have []string) string {
+	for _, c := range needed() {
+		if !slices.Contains(have, c) {
+			return c
 		}
 	}
-	return true
+	return ""
 }
 
 // Version is 2 or 1.
@@ -110,7 +130,7 @@ func (c *Cgroup) dirs() map[string]string {
 		return map[string]string{filepath.Join(c.h.unified, c.parent, c.name): ""}
 	}
 	out := map[string]string{}
-	for _, ctl := range controllers() {
+	for _, ctl := range c.h.controllers() {
 		out[filepath.Join(c.h.v1[ctl], c.parent, c.name)] = ctl
 	}
 	return out
@@ -142,7 +162,7 @@ func (c *Cgroup) Ensure(l Limits) error {
 			return fmt.Errorf("limit cgroup: %w", err)
 		}
 	}
-	return nil
+	return c.limitIO(l.IO)
 }
 
 // delegate turns the controllers on for the children of the root and of the parent.
@@ -151,7 +171,7 @@ func (c *Cgroup) delegate() error {
 	if err := os.MkdirAll(parent, 0o755); err != nil {
 		return fmt.Errorf("make cgroup: %w", err)
 	}
-	on := []byte("+" + strings.Join(controllers(), " +"))
+	on := []byte("+" + strings.Join(c.h.controllers(), " +"))
 	for dir := c.h.unified; ; {
 		if err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), on, 0); err != nil {
 			return fmt.Errorf("turn cgroup controllers on: %w", err)

@@ -13,6 +13,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -102,6 +103,10 @@ func (m *machine) command(words []string) (string, error) {
 		return flood(args)
 	case "disk": // write text|read|size
 		return disk(args)
+	case "drop":
+		return m.drop()
+	case "cache": // MiB
+		return cacheDisk(args)
 	case "load": // KiB in all, KiB at a time
 		return loadDisk(args)
 	case "dial": // network address
@@ -153,6 +158,15 @@ func (m *machine) clear() (string, error) {
 	defer m.mu.Unlock()
 	m.seed, m.cleared = 0, true
 	clear(m.pattern)
+	return "ok", nil
+}
+
+// drop gives the memory of the pattern back to the kernel.
+func (m *machine) drop() (string, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.pattern, m.seed, m.cleared = nil, 0, false
+	debug.FreeOSMemory()
 	return "ok", nil
 }
 
@@ -210,6 +224,21 @@ func disk(args []string) (string, error) {
 		return "", err
 	}
 	return strings.TrimRight(string(block), "\x00"), nil
+}
+
+// cacheDisk reads the start of the disk, which then is in the kernel's page cache.
+func cacheDisk(args []string) (string, error) {
+	mib, err := number(args, 0)
+	if err != nil {
+		return "", err
+	}
+	f, err := os.Open("/dev/vda")
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	n, err := io.CopyN(io.Discard, f, int64(mib)<<20)
+	return strconv.FormatInt(n>>20, 10), err
 }
 
 // loadDisk writes to the disk past every cache of the guest, again and again over its first MiB but one page.
