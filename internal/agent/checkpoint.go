@@ -99,6 +99,7 @@ func (s *Sandboxes) saveMoment(ctx context.Context, sb *sandbox, dir string, dur
 	}
 	mo.HasMemory = mo.machine().atRest()
 	if durable {
+		step(ctx, stepDurable)
 		if err := mo.machine().sync(); err != nil {
 			return nil, err
 		}
@@ -121,6 +122,7 @@ func (s *Sandboxes) cloneRunning(ctx context.Context, sb *sandbox, dst machine) 
 	if err := os.Mkdir(dst.dir(), 0o711); err != nil {
 		return err
 	}
+	step(ctx, stepDisk)
 	// What is dirty is written while the VM still runs: a reflink would have to, while it stands still.
 	if err := syncDir(src.disk()); err != nil {
 		return err
@@ -144,6 +146,7 @@ func (s *Sandboxes) cloneRunning(ctx context.Context, sb *sandbox, dst machine) 
 // freezeGuest stops user processes, so that a clone runs none before it knows who it is. A guest whose
 // root user prevents that hurts only itself.
 func (s *Sandboxes) freezeGuest(ctx context.Context, sb *sandbox) {
+	step(ctx, stepStopping)
 	client, token, _ := sb.guestAndRecord()
 	ctx, cancel := context.WithTimeout(ctx, guestFreezeTimeout)
 	defer cancel()

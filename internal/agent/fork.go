@@ -36,6 +36,8 @@ func (s *Sandboxes) Fork(ctx context.Context, req *agentv1.ForkSandboxRequest) (
 			s.log.Error("the moment of a fork is left", "dir", dir, "err", err)
 		}
 	}()
+	ctx, end := sb.beginFork(ctx, req.OperationId)
+	defer end()
 	// Under an id of its own: a repeat that comes meanwhile must not take this moment for its own, which is in
 	// another place. What makes a repeat safe are the children's operation ids.
 	err = sb.do(ctx, wrenn.NewID(wrenn.PrefixOperation), func(ctx context.Context) error {
@@ -53,15 +55,37 @@ func (s *Sandboxes) Fork(ctx context.Context, req *agentv1.ForkSandboxRequest) (
 	results := make([]*agentv1.ForkSandboxResponse_Result, len(req.Children))
 	places := make(chan struct{}, parallelForks)
 	var all sync.WaitGroup
+	p := progressOf(ctx)
+	p.count(stepChildren, 0, int64(len(req.Children)), unitSandboxes)
 	for i, child := range req.Children {
 		all.Go(func() {
 			places <- struct{}{}
 			defer func() { <-places }()
-			results[i] = s.forkOne(ctx, rec, child, from)
+			results[i] = s.forkOne(withProgress(ctx, nil), rec, child, from)
+			p.advance()
 		})
 	}
 	all.Wait()
 	return results, nil
+}
+
+// beginFork notes a fork that is under way, for its progress; end notes its end.
+func (sb *sandbox) beginFork(ctx context.Context, opID string) (_ context.Context, end func()) {
+	op := newOperation(opID)
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	if sb.forks == nil {
+		sb.forks = map[string]*operation{}
+	}
+	sb.forks[opID] = op
+	return withProgress(ctx, op.progress), func() {
+		sb.mu.Lock()
+		defer sb.mu.Unlock()
+		if sb.forks[opID] == op { // not that of a repeat
+			delete(sb.forks, opID)
+		}
+		close(op.done)
+	}
 }
 
 func (s *Sandboxes) forkOne(ctx context.Context, rec record, child *agentv1.ForkSandboxRequest_Child, from findOrigin) *agentv1.ForkSandboxResponse_Result {

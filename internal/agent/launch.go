@@ -19,6 +19,7 @@ import (
 // memory there it is booted. shared says that others are made from there as well. Undo steps are pushed for
 // all that it takes.
 func (s *Sandboxes) launch(ctx context.Context, sb *sandbox, from machine, shared bool, u *undo.Stack) error {
+	step(ctx, stepStarting)
 	slot, err := s.acquireSlot(ctx)
 	if err != nil {
 		return err
@@ -119,6 +120,7 @@ func (s *Sandboxes) greet(ctx context.Context, sb *sandbox) error {
 	sb.mu.Lock()
 	client, gone := sb.guest, sb.gone
 	sb.mu.Unlock()
+	step(ctx, stepGuest)
 	if err := client.WaitReady(ctx, gone); err != nil {
 		return err
 	}

@@ -79,7 +79,7 @@ func needsOf(caps vm.Capabilities) needs {
 // rest takes a frozen VM's moment into m. The VM's disk must be in m already, in use or as a clone; its
 // memory is too, or is cloned. token is what the guest agent knows.
 func (m machine) rest(ctx context.Context, driver vm.Driver, handle vm.Handle, vcpus int, token string) error {
-	if err := driver.Snapshot(ctx, handle, vm.SnapshotFiles{State: m.state(), Memory: m.memory()}); err != nil {
+	if err := driver.Snapshot(ctx, handle, vm.SnapshotFiles{State: m.state(), Memory: m.memory(), Progress: bytesOf(ctx, stepMemory)}); err != nil {
 		return err
 	}
 	disk, err := os.Stat(m.disk())

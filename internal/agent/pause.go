@@ -86,6 +86,7 @@ func (s *Sandboxes) pause(ctx context.Context, sb *sandbox, req *agentv1.PauseSa
 	}
 	var durableAt time.Time
 	if req.Durable || req.DiskOnly { // a disk alone was written to the host's disk by saveDisk
+		step(ctx, stepDurable)
 		if err := sb.machine().sync(); err != nil {
 			return err
 		}
@@ -94,6 +95,7 @@ func (s *Sandboxes) pause(ctx context.Context, sb *sandbox, req *agentv1.PauseSa
 	if err := s.fault(sb, "pause.saved"); err != nil {
 		return err
 	}
+	step(ctx, stepEnding)
 	if err := s.teardown(ctx, sb); err != nil {
 		return err
 	}
@@ -191,6 +193,7 @@ func (s *Sandboxes) saveMemory(ctx context.Context, sb *sandbox, u *undo.Stack) 
 
 // saveDisk flushes and freezes the guest's file system, so that the disk alone can be booted again.
 func (s *Sandboxes) saveDisk(ctx context.Context, sb *sandbox, u *undo.Stack) error {
+	step(ctx, stepDisk)
 	client, token, rec := sb.guestAndRecord()
 	if err := client.FreezeFS(ctx, token); err != nil {
 		return err

@@ -100,6 +100,12 @@ func (r rpcServer) GetSandboxStorage(_ context.Context, req *connect.Request[age
 	return answer(r, "storage", req.Msg.Id, use, err)
 }
 
+func (r rpcServer) WatchProgress(ctx context.Context, req *connect.Request[agentv1.WatchProgressRequest], stream *connect.ServerStream[agentv1.WatchProgressResponse]) error {
+	return rpc.ToConnect(r.sandboxes.Progress(ctx, req.Msg.Id, req.Msg.OperationId, func(p *agentv1.Progress) error {
+		return stream.Send(&agentv1.WatchProgressResponse{Progress: p})
+	}))
+}
+
 func (r rpcServer) PingSandbox(_ context.Context, req *connect.Request[agentv1.PingSandboxRequest]) (*connect.Response[agentv1.PingSandboxResponse], error) {
 	return answer(r, "ping", req.Msg.Id, &agentv1.PingSandboxResponse{}, r.sandboxes.Ping(req.Msg.Id))
 }

@@ -30,7 +30,8 @@ type sandbox struct {
 	rec    record
 	op     *operation // in progress, or nil
 	slot   *network.Slot
-	before *network.Slot // of the VM that a rollback under way may go back to
+	forks  map[string]*operation // under way, by id; they are beside op, which only saves their moment
+	before *network.Slot         // of the VM that a rollback under way may go back to
 	guest  *guest.Client
 	gone   chan struct{} // closed when the VM that runs now has ended
 	forget bool          // deleted: whoever still holds a pointer must not act
@@ -38,9 +39,27 @@ type sandbox struct {
 
 // operation is one change of a sandbox; there is at most one at a time.
 type operation struct {
-	id   string
-	done chan struct{}
-	err  error
+	id       string
+	progress *progress
+	done     chan struct{}
+	err      error
+}
+
+func newOperation(id string) *operation {
+	return &operation{id: id, progress: &progress{}, done: make(chan struct{})}
+}
+
+// progressOf gives the progress of the operation with this id, if it is under way, and what tells its end.
+func (sb *sandbox) progressOf(opID string) (*progress, <-chan struct{}) {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	op := sb.op
+	if op == nil || op.id != opID {
+		if op = sb.forks[opID]; op == nil {
+			return nil, nil
+		}
+	}
+	return op.progress, op.done
 }
 
 // operationTimeout bounds any one operation, whether or not its caller still waits.
@@ -54,10 +73,14 @@ func (sb *sandbox) do(ctx context.Context, opID string, fn func(ctx context.Cont
 		sb.mu.Lock()
 		current := sb.op
 		if current == nil {
-			op := &operation{id: opID, done: make(chan struct{})}
+			op := newOperation(opID)
 			sb.op = op
 			sb.mu.Unlock()
-			go sb.perform(context.WithoutCancel(ctx), op, fn)
+			doing := context.WithoutCancel(ctx)
+			if progressOf(ctx) == nil { // else it is a part of what has one
+				doing = withProgress(doing, op.progress)
+			}
+			go sb.perform(doing, op, fn)
 			return op.wait(ctx)
 		}
 		sb.mu.Unlock()

@@ -26,8 +26,9 @@ type templates struct {
 }
 
 type preparation struct {
-	done chan struct{}
-	err  error
+	progress progress
+	done     chan struct{}
+	err      error
 }
 
 // template gives the machine to clone for an image and a size, making it if it is not there yet; cold
@@ -44,9 +45,10 @@ func (s *Sandboxes) template(ctx context.Context, img image, vcpus, memoryMB int
 		}
 		p = &preparation{done: make(chan struct{})}
 		s.templates.pending[name] = p
-		go s.prepare(context.WithoutCancel(ctx), p, name, m, img, vcpus, memoryMB)
+		go s.prepare(withProgress(context.WithoutCancel(ctx), &p.progress), p, name, m, img, vcpus, memoryMB)
 	}
 	s.templates.mu.Unlock()
+	defer progressOf(ctx).follow(&p.progress)()
 	select {
 	case <-p.done:
 		return m, true, p.err
@@ -81,6 +83,7 @@ func (s *Sandboxes) makeTemplate(ctx context.Context, m machine, img image, vcpu
 		return err
 	}
 	u.Push(func() error { return s.discard(scratch.dir()) })
+	step(ctx, stepImporting)
 	if err := s.cloneImage(ctx, img, scratch); err != nil {
 		return err
 	}
@@ -93,6 +96,7 @@ func (s *Sandboxes) makeTemplate(ctx context.Context, m machine, img image, vcpu
 	if err != nil {
 		return err
 	}
+	step(ctx, stepBooting)
 	handle, err := s.driver.Start(ctx, cfg)
 	if err != nil {
 		return err
@@ -104,7 +108,11 @@ func (s *Sandboxes) makeTemplate(ctx context.Context, m machine, img image, vcpu
 	if err := s.driver.Pause(ctx, handle); err != nil {
 		return err
 	}
-	if err := errors.Join(scratch.rest(ctx, s.driver, handle, vcpus, ""), scratch.sync()); err != nil {
+	if err := scratch.rest(ctx, s.driver, handle, vcpus, ""); err != nil {
+		return err
+	}
+	step(ctx, stepDurable)
+	if err := scratch.sync(); err != nil {
 		return err
 	}
 	if err := os.Rename(scratch.dir(), m.dir()); err != nil {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/wrenn-sandbox/wrenn/internal/localstack"
 	wrenn "github.com/wrenn-sandbox/wrenn/sdk/go"
+	"github.com/wrenn-sandbox/wrenn/sdk/go/api"
 )
 
 // testApp is the program with an environment and nothing behind it.
@@ -273,5 +274,30 @@ func TestAge(t *testing.T) {
 		if got := age(time.Now().Add(-ago)); got != want {
 			t.Errorf("%v ago: %q, want %q", ago, got, want)
 		}
+	}
+}
+
+// Not on a terminal there is a line for each step, and of what is counted one a second; with -o json nothing.
+func TestShowing(t *testing.T) {
+	t.Parallel()
+	a, _, errs := testApp(nil)
+	o := &operation{w: errs, what: "saving the sandbox"}
+	for _, p := range []api.Progress{
+		{Step: "saving_memory", Done: 1 << 20, Total: 512 << 20, Unit: api.ProgressUnitBytes},
+		{Step: "saving_memory", Done: 2 << 20, Total: 512 << 20, Unit: api.ProgressUnitBytes},
+		{Step: "starting_children", Done: 1, Total: 5, Unit: api.ProgressUnitSandboxes},
+		{Step: "making_durable\x1b[2J"},
+	} {
+		o.tell(p)
+	}
+	want := "  … saving the sandbox: saving memory, 1.0 MiB of 512.0 MiB\n  … saving the sandbox: starting children, 1 of 5\n  … saving the sandbox: making durable·[2J\n"
+	if errs.String() != want {
+		t.Errorf("it shows %q", errs)
+	}
+	a.output = "json"
+	ctx, done := a.showing(t.Context(), "creating the sandbox")
+	done()
+	if ctx != t.Context() || errs.String() != want {
+		t.Errorf("with -o json: %q", errs)
 	}
 }

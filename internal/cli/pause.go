@@ -18,7 +18,7 @@ func (a *app) pauseCommand() *cobra.Command {
   wrenn sandbox pause my-box --disk-only`,
 		Args: cobra.MinimumNArgs(1), ValidArgsFunction: a.completeSandbox,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.change(cmd.Context(), args, func(ctx context.Context, sb *wrenn.Sandbox) error { return sb.PauseWith(ctx, o) })
+			return a.change(cmd.Context(), "pausing the sandbox", args, func(ctx context.Context, sb *wrenn.Sandbox) error { return sb.PauseWith(ctx, o) })
 		},
 	}
 	cmd.Flags().BoolVar(&o.Durable, "durable", false, "wait until the state survives a power cut")
@@ -32,19 +32,22 @@ func (a *app) resumeCommand() *cobra.Command {
 		Example: "  wrenn sandbox resume my-box",
 		Args:    cobra.MinimumNArgs(1), ValidArgsFunction: a.completeSandbox,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.change(cmd.Context(), args, func(ctx context.Context, sb *wrenn.Sandbox) error { return sb.Resume(ctx) })
+			return a.change(cmd.Context(), "resuming the sandbox", args, func(ctx context.Context, sb *wrenn.Sandbox) error { return sb.Resume(ctx) })
 		},
 	}
 }
 
 // change does one thing to every sandbox that is named, and shows what became of them.
-func (a *app) change(ctx context.Context, refs []string, do func(context.Context, *wrenn.Sandbox) error) error {
+func (a *app) change(ctx context.Context, what string, refs []string, do func(context.Context, *wrenn.Sandbox) error) error {
 	for _, ref := range refs {
 		sb, err := a.find(ctx, ref)
 		if err != nil {
 			return err
 		}
-		if err := do(ctx, sb); err != nil {
+		showing, done := a.showing(ctx, what)
+		err = do(showing, sb)
+		done()
+		if err != nil {
 			return err
 		}
 		if err := a.print(sb.Sandbox, func(w io.Writer) { fmt.Fprintln(w, sb.ID) }); err != nil {

@@ -78,30 +78,13 @@ func (a *app) create(ctx context.Context, o wrenn.SandboxOptions) error {
 	if err != nil {
 		return err
 	}
-	done := a.busy("creating the sandbox")
+	ctx, done := a.showing(ctx, "creating the sandbox")
 	sb, err := c.CreateSandbox(ctx, o)
 	done()
 	if err != nil {
 		return err
 	}
 	return a.print(sb.Sandbox, func(w io.Writer) { fmt.Fprintln(w, sb.ID) })
-}
-
-// busy shows on a terminal that something takes its time; elsewhere it is silent.
-func (a *app) busy(what string) (done func()) {
-	if _, live := terminal(a.stdio.Err); !live || a.output == "json" {
-		return func() {}
-	}
-	s, stop, stopped := newSteps(a.stdio.Err), make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(stopped)
-		s.watch(what, time.Now(), stop)
-	}()
-	return func() {
-		close(stop)
-		<-stopped
-		fmt.Fprint(a.stdio.Err, "\r\033[K")
-	}
 }
 
 // pairs reads NAME=VALUE arguments.

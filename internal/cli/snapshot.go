@@ -44,7 +44,7 @@ func (a *app) forkCommand() *cobra.Command {
 
 // fork shows the children that came to be; that some did not is an error.
 func (a *app) fork(ctx context.Context, sb *wrenn.Sandbox, o api.ForkRequest) error {
-	done := a.busy("forking the sandbox")
+	ctx, done := a.showing(ctx, "forking the sandbox")
 	children, err := sb.Fork(ctx, o)
 	done()
 	if err != nil {
@@ -83,7 +83,9 @@ func (a *app) checkpointCreateCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			c, err := sb.Checkpoint(cmd.Context(), strings.Join(args[1:], ""))
+			ctx, done := a.showing(cmd.Context(), "saving the sandbox")
+			c, err := sb.Checkpoint(ctx, strings.Join(args[1:], ""))
+			done()
 			if err != nil {
 				return err
 			}
@@ -200,7 +202,9 @@ func (a *app) rollbackCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			leftAs, err := sb.Rollback(cmd.Context(), c.ID, discard)
+			ctx, done := a.showing(cmd.Context(), "taking the sandbox back")
+			leftAs, err := sb.Rollback(ctx, c.ID, discard)
+			done()
 			if err != nil {
 				return err
 			}
@@ -269,7 +273,9 @@ func (a *app) snapshotCreateCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			s, err := c.CreateSnapshot(cmd.Context(), api.CreateSnapshotRequest{SandboxID: sb.ID, Name: strings.Join(args[1:], ""), Overwrite: overwrite})
+			ctx, done := a.showing(cmd.Context(), "saving the sandbox")
+			s, err := c.CreateSnapshot(ctx, api.CreateSnapshotRequest{SandboxID: sb.ID, Name: strings.Join(args[1:], ""), Overwrite: overwrite})
+			done()
 			if err != nil {
 				return err
 			}

@@ -49,6 +49,7 @@ func (c *Client) do(ctx context.Context, r call) (int, error) {
 	if r.method != http.MethodGet && r.as != asNobody {
 		key = newIdempotencyKey()
 	}
+	defer c.followProgress(ctx, key)()
 	for try := 1; ; try++ {
 		status, err := c.once(ctx, r, body, key)
 		wait, again := retryDelay(err, try)

@@ -124,10 +124,12 @@ func (f *follower) take(id, data string, yield func(api.Event, error) bool) erro
 	if err := json.Unmarshal([]byte(data), &e); err != nil {
 		return fmt.Errorf("wrenn: an event is not understood: %w", err)
 	}
-	if f.known && e.ID <= f.last {
-		return nil
+	if e.ID != 0 { // else it is not kept, and where the stream is stays as it was
+		if f.known && e.ID <= f.last {
+			return nil
+		}
+		f.last, f.known = e.ID, true
 	}
-	f.last, f.known = e.ID, true
 	if !yield(e, nil) {
 		return errEnough
 	}

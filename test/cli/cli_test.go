@@ -169,7 +169,8 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 
 // crashes kills each program the hard way; `wrenn up` must start it again, with a sandbox running on.
 func crashes(t *testing.T, w *wrenn) {
-	id := strings.TrimSpace(w.must(t, "sandbox", "create", "--name", "survivor"))
+	lines := strings.Fields(w.must(t, "sandbox", "create", "--name", "survivor"))
+	id := lines[len(lines)-1] // behind what it says of its progress
 	w.must(t, "sandbox", "exec", id, "sh", "-c", "echo kept > kept")
 	boot := w.must(t, "sandbox", "exec", id, "cat", "/proc/sys/kernel/random/boot_id")
 	for _, name := range []string{"postgres/pid", "redis/pid", "run/wrenn-cp.pid", "run/wrenn-agent.pid"} {

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"sync"
 	"testing"
@@ -173,5 +174,92 @@ func TestRequestsWakeASandbox(t *testing.T) {
 	}
 	if _, err := pause.Files().Mkdir(ctx, "woken"); err != nil {
 		t.Errorf("a file request: %v", err)
+	}
+}
+
+// What takes its time says where it is: the first create of a size, a checkpoint of much memory, a fork.
+func TestProgressOfSlowOperations(t *testing.T) {
+	t.Parallel()
+	ctx, s := start(t)
+	var mu sync.Mutex
+	var told []api.Progress
+	showing := wrenn.WithProgress(ctx, func(p api.Progress) {
+		mu.Lock()
+		defer mu.Unlock()
+		told = append(told, p)
+	})
+	// taken gives what was told since the last time, and checks that it is of one operation.
+	taken := func(operation api.ProgressOperation) map[string]api.Progress {
+		mu.Lock()
+		defer mu.Unlock()
+		steps := map[string]api.Progress{} // the last of each
+		for _, p := range told {
+			if p.Operation != operation || p.OperationID != told[0].OperationID || p.Request == "" || p.Done > p.Total {
+				t.Errorf("of a %s: %+v", operation, p)
+			}
+			steps[p.Step] = p
+		}
+		t.Logf("%s: %d events: %+v", operation, len(told), told)
+		told = nil
+		return steps
+	}
+
+	listening, stop := context.WithCancel(ctx)
+	defer stop()
+	order := make(chan api.Event, 1000)
+	go func() {
+		defer close(order)
+		for e, err := range s.Client.Events(listening, wrenn.EventOptions{}) {
+			if err != nil {
+				return
+			}
+			order <- e
+		}
+	}()
+	sb := sandbox(showing, t, s, wrenn.SandboxOptions{MemoryMB: 640})
+	if !sb.Cold {
+		t.Error("it is of a size that was there before")
+	}
+	if steps := taken(api.ProgressOperationCreate); steps["booting"].Step == "" {
+		t.Errorf("a create that booted its template told %v", steps)
+	}
+	booting := false
+	for e := range order {
+		if p, ok := wrenn.ProgressOf(e); ok && e.Subject == sb.ID && p.Step == "booting" {
+			booting = true
+		}
+		if e.Subject == sb.ID && e.Type == "sandbox.running" {
+			break
+		}
+	}
+	stop()
+	if !booting {
+		t.Error("nothing was told before the sandbox ran")
+	}
+
+	shell(ctx, t, sb, "head -c 280M /dev/urandom > /dev/shm/data")
+	if _, err := sb.Checkpoint(showing, ""); err != nil {
+		t.Fatal(err)
+	}
+	if steps := taken(api.ProgressOperationCheckpoint); len(steps) == 0 {
+		t.Error("a checkpoint of 280 MB told nothing")
+	} else if p := steps["saving_memory"]; p.Step != "" && (p.Unit != api.ProgressUnitBytes || p.Total != 640<<20) {
+		t.Errorf("saving memory: %+v", p)
+	}
+
+	small := sandbox(ctx, t, s, wrenn.SandboxOptions{MemoryMB: 256})
+	children, err := small.Fork(showing, api.ForkRequest{Count: 5})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range children {
+		if c.Err != nil {
+			t.Error(c.Err)
+			continue
+		}
+		t.Cleanup(func() { _, _ = c.Sandbox.Delete(context.WithoutCancel(ctx)) })
+	}
+	if p := taken(api.ProgressOperationFork)["starting_children"]; p.Total != 5 || p.Unit != api.ProgressUnitSandboxes {
+		t.Errorf("of a fork into 5: %+v", p)
 	}
 }

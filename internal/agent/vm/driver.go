@@ -153,6 +153,10 @@ type SnapshotFiles struct {
 	State  string // device state, format of the driver and VMM version
 	Memory string // RAM, raw, MemoryMB MiB
 	Driver string // that made them, Capabilities.Driver; for Drivers to choose by
+
+	// Progress, if not nil, is told by Snapshot how much of the RAM it has gone through, in bytes, where the
+	// driver can say. It must return at once.
+	Progress func(done, total int64)
 }
 
 // Handle names a VM for every later call, also by a later agent process. It is stored as JSON; fields

@@ -22,14 +22,21 @@ const (
 	eventsSign   = 15 * time.Second // of life; also how late events are at most while Redis is away
 	eventsWrite  = 30 * time.Second // for a client to take what it is sent
 	maxFollowers = 100              // of one team, in one process
+	maxLive      = 32               // progress that waits for a follower
 	hubRetry     = time.Second
 )
 
 // hub tells those who follow a team's events that there are new ones. What they are the database tells:
-// Redis may lose a message.
+// Redis may lose a message. Progress is all in its message, and may be lost.
 type hub struct {
 	mu        sync.Mutex
-	followers map[string]map[chan struct{}]bool // by team
+	followers map[string]map[*follower]bool // by team
+}
+
+// follower is one stream of events.
+type follower struct {
+	news chan struct{}  // receives when there may be new events
+	live chan gen.Event // progress; what it does not take in time is dropped
 }
 
 // run listens to Redis until ctx ends.
@@ -37,12 +44,7 @@ func (h *hub) run(ctx context.Context, redis *ephemeral.Redis) {
 	for ctx.Err() == nil {
 		if messages, err := redis.Subscribe(ctx, fleet.EventsTopic); err == nil {
 			for m := range messages {
-				var e struct {
-					TeamID string `json:"team_id"`
-				}
-				if json.Unmarshal([]byte(m), &e) == nil {
-					h.tell(e.TeamID)
-				}
+				h.pass([]byte(m))
 			}
 		}
 		select {
@@ -52,33 +54,52 @@ func (h *hub) run(ctx context.Context, redis *ephemeral.Redis) {
 	}
 }
 
-func (h *hub) tell(team string) {
+// pass tells a message to those whom it concerns.
+func (h *hub) pass(message []byte) {
+	var e struct {
+		TeamID    string    `json:"team_id"`
+		Type      string    `json:"type"`
+		Subject   string    `json:"subject"`
+		Data      any       `json:"data"`
+		CreatedAt time.Time `json:"created_at"`
+	}
+	if json.Unmarshal(message, &e) != nil {
+		return
+	}
+	data, _ := e.Data.(map[string]any)
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for c := range h.followers[team] {
+	for f := range h.followers[e.TeamID] {
+		if e.Type == fleet.ProgressEvent {
+			select {
+			case f.live <- gen.Event{Type: e.Type, Subject: e.Subject, Data: data, CreatedAt: e.CreatedAt.UTC()}:
+			default:
+			}
+			continue
+		}
 		select {
-		case c <- struct{}{}:
+		case f.news <- struct{}{}:
 		default: // it knows already
 		}
 	}
 }
 
-// follow gives a channel that receives when there may be new events, and what ends that.
-func (h *hub) follow(team string) (news <-chan struct{}, stop func(), err error) {
-	c := make(chan struct{}, 1)
+// follow gives what happens to a team's things, and what ends that.
+func (h *hub) follow(team string) (f *follower, stop func(), err error) {
+	f = &follower{news: make(chan struct{}, 1), live: make(chan gen.Event, maxLive)}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if len(h.followers[team]) >= maxFollowers {
 		return nil, nil, wrenn.Errorf(wrenn.KindRateLimited, "the team follows its events %d times already; end one", maxFollowers).With("retry_after_sec", 5)
 	}
 	if h.followers[team] == nil {
-		h.followers[team] = map[chan struct{}]bool{}
+		h.followers[team] = map[*follower]bool{}
 	}
-	h.followers[team][c] = true
-	return c, func() {
+	h.followers[team][f] = true
+	return f, func() {
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		delete(h.followers[team], c)
+		delete(h.followers[team], f)
 		if len(h.followers[team]) == 0 {
 			delete(h.followers, team)
 		}
@@ -91,7 +112,7 @@ func (s *Server) streamEvents(w http.ResponseWriter, r *http.Request) {
 	defer end()
 	defer context.AfterFunc(s.streams, end)()
 	team := auth.From(ctx).TeamID
-	news, stop, err := s.hub.follow(team)
+	f, stop, err := s.hub.follow(team)
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -115,18 +136,34 @@ func (s *Server) streamEvents(w http.ResponseWriter, r *http.Request) {
 	sign := time.NewTicker(eventsSign)
 	defer sign.Stop()
 	for {
-		if err := s.sendEvents(ctx, team, out); err != nil {
+		err := out.progress(f.live)
+		if err == nil {
+			err = s.sendEvents(ctx, team, out)
+		}
+		if err == nil {
+			err = s.awaitEvents(ctx, f, sign.C, out)
+		}
+		if err != nil {
 			s.log.Debug("a stream of events ends", "request_id", requestID(ctx), "error", err)
 			return
 		}
+	}
+}
+
+// awaitEvents sends progress and signs of life until there may be new events.
+func (s *Server) awaitEvents(ctx context.Context, f *follower, sign <-chan time.Time, out *eventWriter) error {
+	for {
 		select {
 		case <-ctx.Done():
-			return
-		case <-news:
-		case <-sign.C:
-			if out.comment("alive") != nil {
-				return
+			return ctx.Err()
+		case <-f.news:
+			return nil
+		case e := <-f.live:
+			if err := out.live(e); err != nil {
+				return err
 			}
+		case <-sign:
+			return out.comment("alive")
 		}
 	}
 }
@@ -185,6 +222,33 @@ func (o *eventWriter) event(e db.Event) error {
 		return err
 	}
 	return o.write(fmt.Sprintf("id: %d\nevent: %s\ndata: %s\n\n", *e.Seq, e.Type, text))
+}
+
+// progress sends what waits; what happened before an event is told before it.
+func (o *eventWriter) progress(live <-chan gen.Event) error {
+	for {
+		select {
+		case e := <-live:
+			if err := o.live(e); err != nil {
+				return err
+			}
+		default:
+			return nil
+		}
+	}
+}
+
+// live sends an event that is not kept. It has no id: a client that connects again goes on after the last
+// one that is.
+func (o *eventWriter) live(e gen.Event) error {
+	if o.subject != "" && e.Subject != o.subject {
+		return nil
+	}
+	text, err := json.Marshal(e)
+	if err != nil {
+		return err
+	}
+	return o.write(fmt.Sprintf("event: %s\ndata: %s\n\n", e.Type, text))
 }
 
 func (o *eventWriter) comment(text string) error { return o.write(": " + text + "\n\n") }

@@ -3,16 +3,20 @@ package api_test
 import (
 	"bufio"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/controlplane/planetest"
 	"github.com/wrenn-sandbox/wrenn/internal/controlplane/store"
 	"github.com/wrenn-sandbox/wrenn/internal/controlplane/store/db"
+	"github.com/wrenn-sandbox/wrenn/internal/gen/agentv1"
 )
 
 type sse struct {
@@ -116,6 +120,88 @@ func TestEvents(t *testing.T) {
 	}
 	p.Do("GET", "/v1/events", nil).WantError(t, 401, "unauthorized")
 	u.Do("GET", "/v1/events?after=x", nil).WantError(t, 400, "invalid_request")
+}
+
+// A slow operation says where it is, to those of its team who follow now, on any replica: not too often, not what
+// a host must not say, nothing once it is over, and nothing that is kept.
+func TestProgress(t *testing.T) {
+	t.Parallel()
+	p := planetest.New(t, planetest.Options{})
+	second := planetest.Start(t, planetest.Options{DatabaseURL: p.Database})
+	h := p.AddHost()
+	u, other := p.NewUser(), p.NewUser()
+	sb, quick := create(t, u, nil), create(t, other, nil)
+	live, foreign := follow(t, second, u, "?subject="+sb.ID), follow(t, second, other, "")
+
+	told, release := make(chan struct{}), make(chan struct{})
+	h.OnPause(func(id string) error {
+		if id == sb.ID {
+			<-release
+		}
+		return nil
+	})
+	h.OnWatch(func(ctx context.Context, _ string, tell func(*agentv1.Progress) error) error {
+		for _, bad := range []*agentv1.Progress{{}, {Step: "<b>"}, {Step: "saving", Done: 2, Total: 1, Unit: "bytes"}, {Step: "saving", Done: 1, Total: 2, Unit: "USD"}} {
+			if err := tell(bad); err != nil {
+				return err
+			}
+		}
+		for n := uint64(1); n <= 1000; n++ { // as fast as it can
+			if err := tell(&agentv1.Progress{Step: "saving_memory", Done: n, Total: 1000, Unit: "bytes"}); err != nil {
+				return err
+			}
+		}
+		close(told)
+		<-ctx.Done() // it is told when nobody listens any more
+		return ctx.Err()
+	})
+	key := u.Header()
+	key.Set("Idempotency-Key", "my own")
+	began := time.Now()
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if a, err := p.Try(context.Background(), "POST", "/v1/sandboxes/"+sb.ID+"/pause", nil, key); err != nil || a.Status != 200 {
+			t.Errorf("pause: %s, %v", a.Body, err)
+		}
+	})
+	first := next(t, live)
+	for first.Type != "sandbox.progress" {
+		first = next(t, live)
+	}
+	<-told
+	flood := time.Since(began)
+	close(release)
+	wg.Wait()
+	if first.ID != 0 || first.Data["operation"] != "pause" || first.Data["step"] != "saving_memory" ||
+		first.Data["done"] != 1.0 || first.Data["total"] != 1000.0 || first.Data["unit"] != "bytes" || first.Data["operation_id"] == "" {
+		t.Errorf("the first is %+v", first)
+	}
+	if sum := sha256.Sum256([]byte("my own")); first.Data["request"] != hex.EncodeToString(sum[:8]) {
+		t.Errorf("of the request %v", first.Data["request"])
+	}
+	n := 1
+	for e := next(t, live); e.Type != "sandbox.paused"; e = next(t, live) {
+		if e.Type == "sandbox.progress" {
+			n++
+		}
+	}
+	if most := 1 + int(flood/(200*time.Millisecond)); n > most {
+		t.Errorf("%d events within %v", n, flood)
+	}
+
+	// What is over at once says nothing, and nothing of it all can be read later.
+	other.Do("POST", "/v1/sandboxes/"+quick.ID+"/pause", nil).Want(t, 200, nil)
+	for e := next(t, foreign); e.Type != "sandbox.paused"; e = next(t, foreign) {
+		if e.Type == "sandbox.progress" {
+			t.Errorf("another team hears %+v", e)
+		}
+	}
+	kept := follow(t, p, u, "?after=0&subject="+sb.ID)
+	for e := next(t, kept); e.Type != "sandbox.paused"; e = next(t, kept) {
+		if e.ID == 0 {
+			t.Errorf("it is kept: %+v", e)
+		}
+	}
 }
 
 // An event that was committed later than one with a higher id is not passed over.

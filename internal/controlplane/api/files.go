@@ -308,8 +308,8 @@ func (s *Server) watchFiles(w http.ResponseWriter, r *http.Request) {
 func (k *socket) passWatch(stream *connect.ServerStreamForClient[filesystem.WatchDirResponse]) error {
 	for stream.Receive() {
 		if m, ok := watchMessage(stream.Msg()); ok {
-			if k.send(m) != nil {
-				return nil // the client left
+			if err := k.send(m); err != nil {
+				return errors.Join(errGone, err)
 			}
 		}
 	}

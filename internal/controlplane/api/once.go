@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/controlplane/auth"
+	"github.com/wrenn-sandbox/wrenn/internal/controlplane/fleet"
 	"github.com/wrenn-sandbox/wrenn/internal/controlplane/store"
 	"github.com/wrenn-sandbox/wrenn/internal/controlplane/store/db"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
@@ -20,6 +21,8 @@ const (
 	onceLease = 30 * time.Second // after which an attempt that stopped renewing it is dead
 	onceWait  = 2 * time.Minute  // how long a repetition waits for the first attempt
 	onceKeep  = 1 << 20          // the largest answer that is kept
+
+	markDigits = 16 // of the key's hash, by which a client knows the progress of its request
 )
 
 // attempt is what a handler may know of its Idempotency-Key.
@@ -131,7 +134,7 @@ func (s *Server) attempt(w http.ResponseWriter, r *http.Request, rep repetition,
 			s.release(ctx, rep)
 		}
 	}()
-	h(answer, r.WithContext(context.WithValue(ctx, attemptKey{}, a)))
+	h(answer, r.WithContext(fleet.WithMark(context.WithValue(ctx, attemptKey{}, a), rep.hash[:markDigits])))
 	if a.again && r.Method == http.MethodDelete && answer.status == http.StatusNotFound {
 		answer = &buffered{header: http.Header{}, status: http.StatusNoContent} // the attempt that died had done it
 	}

@@ -54,7 +54,7 @@ func New(ctx context.Context, d Deps) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{Deps: d, st: d.Store, log: d.Log, spec: sp, mux: http.NewServeMux(), streams: ctx, hub: &hub{followers: map[string]map[chan struct{}]bool{}}}
+	s := &Server{Deps: d, st: d.Store, log: d.Log, spec: sp, mux: http.NewServeMux(), streams: ctx, hub: &hub{followers: map[string]map[*follower]bool{}}}
 	if d.Redis != nil {
 		go s.hub.run(ctx, d.Redis)
 	}

@@ -88,7 +88,7 @@ func (k *socket) send(v any) error {
 
 // end says goodbye: with an error message first, if there is one.
 func (k *socket) end(err error) {
-	if err == nil {
+	if err == nil || errors.Is(err, errGone) {
 		_ = k.conn.Close(websocket.StatusNormalClosure, "")
 	} else if k.ctx.Err() == nil {
 		pub := public(err)

@@ -43,7 +43,7 @@ func (f *Fleet) Checkpoint(ctx context.Context, by Actor, teamID string, spec Ch
 	}
 	var saved *agentv1.Checkpoint
 	req := &agentv1.CheckpointSandboxRequest{Id: spec.SandboxID, OperationId: wrenn.NewID(wrenn.PrefixOperation), CheckpointId: spec.ID}
-	err = f.ask(ctx, hostID, f.times.RetryFor, func(ctx context.Context, t agents.Target) error {
+	err = f.askShowing(ctx, slow{teamID, hostID, spec.SandboxID, "checkpoint", req.OperationId}, func(ctx context.Context, t agents.Target) error {
 		res, err := f.agents.Service(t).CheckpointSandbox(ctx, connect.NewRequest(req))
 		if err == nil {
 			saved = res.Msg.GetCheckpoint()

@@ -205,7 +205,7 @@ func (f *Fleet) askFork(ctx context.Context, sourceID string, rows []db.Sandbox)
 		req.Children = append(req.Children, &agentv1.ForkSandboxRequest_Child{Id: child.Id, OperationId: child.OperationId, Hostname: child.Hostname, Env: child.Env})
 	}
 	var results []*agentv1.ForkSandboxResponse_Result
-	err := f.ask(ctx, rows[0].HostID, f.times.RetryFor, func(ctx context.Context, t agents.Target) error {
+	err := f.askShowing(ctx, slow{rows[0].TeamID, rows[0].HostID, sourceID, "fork", req.OperationId}, func(ctx context.Context, t agents.Target) error {
 		res, err := f.agents.Service(t).ForkSandbox(ctx, connect.NewRequest(req))
 		if err == nil {
 			results = res.Msg.GetResults()

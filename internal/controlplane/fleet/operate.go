@@ -30,7 +30,7 @@ func (f *Fleet) finishCreate(ctx context.Context, row db.Sandbox) error {
 		return err
 	}
 	var made *agentv1.Sandbox
-	err = f.ask(ctx, row.HostID, f.times.RetryFor, func(ctx context.Context, t agents.Target) error {
+	err = f.askShowing(ctx, slow{row.TeamID, row.HostID, row.ID, "create", row.OperationID}, func(ctx context.Context, t agents.Target) error {
 		res, err := f.agents.Service(t).CreateSandbox(ctx, connect.NewRequest(req))
 		if err == nil {
 			made = res.Msg.GetSandbox()

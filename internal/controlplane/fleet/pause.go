@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -84,7 +85,8 @@ func (f *Fleet) change(ctx context.Context, c change, do ask) error {
 	}
 	stop := f.keepLease(ctx, row)
 	var now *agentv1.Sandbox
-	err = f.ask(ctx, row.HostID, f.times.RetryFor, func(ctx context.Context, t agents.Target) error {
+	o := slow{row.TeamID, row.HostID, row.ID, strings.TrimPrefix(c.action, "sandbox."), row.OperationID}
+	err = f.askShowing(ctx, o, func(ctx context.Context, t agents.Target) error {
 		now, err = do(ctx, t, row.OperationID)
 		return err
 	})

@@ -40,7 +40,7 @@ func (f *Fleet) SaveSnapshot(ctx context.Context, by Actor, teamID string, spec 
 	}
 	var saved *agentv1.Checkpoint
 	req := &agentv1.SaveSnapshotRequest{Id: spec.SandboxID, OperationId: wrenn.NewID(wrenn.PrefixOperation), SnapshotId: spec.ID}
-	err = f.ask(ctx, hostID, f.times.RetryFor, func(ctx context.Context, t agents.Target) error {
+	err = f.askShowing(ctx, slow{teamID, hostID, spec.SandboxID, "snapshot", req.OperationId}, func(ctx context.Context, t agents.Target) error {
 		res, err := f.agents.Service(t).SaveSnapshot(ctx, connect.NewRequest(req))
 		if err == nil {
 			saved = res.Msg.GetSnapshot()

@@ -26,6 +26,7 @@ type moments struct {
 	onResume func(id string) error
 	onFork   func(*agentv1.ForkSandboxRequest) error
 	onGuest  func(id string) error
+	onWatch  func(ctx context.Context, id string, tell func(*agentv1.Progress) error) error
 }
 
 // HostNeeds is what saved memory of a host needs, as its heartbeats say that it has.
@@ -263,4 +264,24 @@ func (h *Host) GetSandboxStorage(_ context.Context, req *connect.Request[agentv1
 		res.Checkpoints = append(res.Checkpoints, proto.CloneOf(all[id]))
 	}
 	return connect.NewResponse(res), nil
+}
+
+// OnWatch tells the progress of operations on a sandbox; without it nothing is told.
+func (h *Host) OnWatch(fn func(ctx context.Context, id string, tell func(*agentv1.Progress) error) error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.moments.onWatch = fn
+}
+
+// WatchProgress implements agentv1connect.AgentServiceHandler.
+func (h *Host) WatchProgress(ctx context.Context, req *connect.Request[agentv1.WatchProgressRequest], stream *connect.ServerStream[agentv1.WatchProgressResponse]) error {
+	h.mu.Lock()
+	fn := h.moments.onWatch
+	h.mu.Unlock()
+	if fn == nil {
+		return nil
+	}
+	return fn(ctx, req.Msg.Id, func(p *agentv1.Progress) error {
+		return stream.Send(&agentv1.WatchProgressResponse{Progress: p})
+	})
 }

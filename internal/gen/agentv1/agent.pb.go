@@ -1969,6 +1969,174 @@ func (x *GetSandboxStorageResponse) GetCheckpoints() []*Checkpoint {
 	return nil
 }
 
+type WatchProgressRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	OperationId   string                 `protobuf:"bytes,2,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchProgressRequest) Reset() {
+	*x = WatchProgressRequest{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchProgressRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchProgressRequest) ProtoMessage() {}
+
+func (x *WatchProgressRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchProgressRequest.ProtoReflect.Descriptor instead.
+func (*WatchProgressRequest) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *WatchProgressRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *WatchProgressRequest) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+type WatchProgressResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Progress      *Progress              `protobuf:"bytes,1,opt,name=progress,proto3" json:"progress,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchProgressResponse) Reset() {
+	*x = WatchProgressResponse{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchProgressResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchProgressResponse) ProtoMessage() {}
+
+func (x *WatchProgressResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchProgressResponse.ProtoReflect.Descriptor instead.
+func (*WatchProgressResponse) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *WatchProgressResponse) GetProgress() *Progress {
+	if x != nil {
+		return x.Progress
+	}
+	return nil
+}
+
+// Progress is where an operation is.
+type Progress struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What is being done: a word as in api/openapi.yaml.
+	Step string `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
+	// How much of it is done, of total. A total of 0 says that nobody knows.
+	Done  uint64 `protobuf:"varint,2,opt,name=done,proto3" json:"done,omitempty"`
+	Total uint64 `protobuf:"varint,3,opt,name=total,proto3" json:"total,omitempty"`
+	// What is counted: bytes or sandboxes; empty if nothing is.
+	Unit          string `protobuf:"bytes,4,opt,name=unit,proto3" json:"unit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Progress) Reset() {
+	*x = Progress{}
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Progress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Progress) ProtoMessage() {}
+
+func (x *Progress) ProtoReflect() protoreflect.Message {
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Progress.ProtoReflect.Descriptor instead.
+func (*Progress) Descriptor() ([]byte, []int) {
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *Progress) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *Progress) GetDone() uint64 {
+	if x != nil {
+		return x.Done
+	}
+	return 0
+}
+
+func (x *Progress) GetTotal() uint64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+func (x *Progress) GetUnit() string {
+	if x != nil {
+		return x.Unit
+	}
+	return ""
+}
+
 type PingSandboxRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1978,7 +2146,7 @@ type PingSandboxRequest struct {
 
 func (x *PingSandboxRequest) Reset() {
 	*x = PingSandboxRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1990,7 +2158,7 @@ func (x *PingSandboxRequest) String() string {
 func (*PingSandboxRequest) ProtoMessage() {}
 
 func (x *PingSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2003,7 +2171,7 @@ func (x *PingSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingSandboxRequest.ProtoReflect.Descriptor instead.
 func (*PingSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PingSandboxRequest) GetId() string {
@@ -2021,7 +2189,7 @@ type PingSandboxResponse struct {
 
 func (x *PingSandboxResponse) Reset() {
 	*x = PingSandboxResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2033,7 +2201,7 @@ func (x *PingSandboxResponse) String() string {
 func (*PingSandboxResponse) ProtoMessage() {}
 
 func (x *PingSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2046,7 +2214,7 @@ func (x *PingSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingSandboxResponse.ProtoReflect.Descriptor instead.
 func (*PingSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 type GetSandboxRequest struct {
@@ -2058,7 +2226,7 @@ type GetSandboxRequest struct {
 
 func (x *GetSandboxRequest) Reset() {
 	*x = GetSandboxRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2070,7 +2238,7 @@ func (x *GetSandboxRequest) String() string {
 func (*GetSandboxRequest) ProtoMessage() {}
 
 func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2083,7 +2251,7 @@ func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxRequest.ProtoReflect.Descriptor instead.
 func (*GetSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *GetSandboxRequest) GetId() string {
@@ -2102,7 +2270,7 @@ type GetSandboxResponse struct {
 
 func (x *GetSandboxResponse) Reset() {
 	*x = GetSandboxResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2114,7 +2282,7 @@ func (x *GetSandboxResponse) String() string {
 func (*GetSandboxResponse) ProtoMessage() {}
 
 func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2127,7 +2295,7 @@ func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxResponse.ProtoReflect.Descriptor instead.
 func (*GetSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *GetSandboxResponse) GetSandbox() *Sandbox {
@@ -2145,7 +2313,7 @@ type ListSandboxesRequest struct {
 
 func (x *ListSandboxesRequest) Reset() {
 	*x = ListSandboxesRequest{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2157,7 +2325,7 @@ func (x *ListSandboxesRequest) String() string {
 func (*ListSandboxesRequest) ProtoMessage() {}
 
 func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2170,7 +2338,7 @@ func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*ListSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 type ListSandboxesResponse struct {
@@ -2184,7 +2352,7 @@ type ListSandboxesResponse struct {
 
 func (x *ListSandboxesResponse) Reset() {
 	*x = ListSandboxesResponse{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[36]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2196,7 +2364,7 @@ func (x *ListSandboxesResponse) String() string {
 func (*ListSandboxesResponse) ProtoMessage() {}
 
 func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[36]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2209,7 +2377,7 @@ func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*ListSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_wrenn_agent_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListSandboxesResponse) GetSandboxes() []*Sandbox {
@@ -2239,7 +2407,7 @@ type ForkSandboxRequest_Child struct {
 
 func (x *ForkSandboxRequest_Child) Reset() {
 	*x = ForkSandboxRequest_Child{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[38]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2251,7 +2419,7 @@ func (x *ForkSandboxRequest_Child) String() string {
 func (*ForkSandboxRequest_Child) ProtoMessage() {}
 
 func (x *ForkSandboxRequest_Child) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[38]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2308,7 +2476,7 @@ type ForkSandboxResponse_Result struct {
 
 func (x *ForkSandboxResponse_Result) Reset() {
 	*x = ForkSandboxResponse_Result{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[40]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2320,7 +2488,7 @@ func (x *ForkSandboxResponse_Result) String() string {
 func (*ForkSandboxResponse_Result) ProtoMessage() {}
 
 func (x *ForkSandboxResponse_Result) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[40]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2369,7 +2537,7 @@ type ListMomentsResponse_Moment struct {
 
 func (x *ListMomentsResponse_Moment) Reset() {
 	*x = ListMomentsResponse_Moment{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[41]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2381,7 +2549,7 @@ func (x *ListMomentsResponse_Moment) String() string {
 func (*ListMomentsResponse_Moment) ProtoMessage() {}
 
 func (x *ListMomentsResponse_Moment) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[41]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2424,7 +2592,7 @@ type GetSandboxStorageResponse_Usage struct {
 
 func (x *GetSandboxStorageResponse_Usage) Reset() {
 	*x = GetSandboxStorageResponse_Usage{}
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[42]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2436,7 +2604,7 @@ func (x *GetSandboxStorageResponse_Usage) String() string {
 func (*GetSandboxStorageResponse_Usage) ProtoMessage() {}
 
 func (x *GetSandboxStorageResponse_Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[42]
+	mi := &file_wrenn_agent_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2636,7 +2804,17 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\x05Usage\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x01 \x01(\x04R\tsizeBytes\x12\x1b\n" +
-	"\town_bytes\x18\x02 \x01(\x04R\bownBytes\"$\n" +
+	"\town_bytes\x18\x02 \x01(\x04R\bownBytes\"I\n" +
+	"\x14WatchProgressRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
+	"\foperation_id\x18\x02 \x01(\tR\voperationId\"M\n" +
+	"\x15WatchProgressResponse\x124\n" +
+	"\bprogress\x18\x01 \x01(\v2\x18.wrenn.agent.v1.ProgressR\bprogress\"\\\n" +
+	"\bProgress\x12\x12\n" +
+	"\x04step\x18\x01 \x01(\tR\x04step\x12\x12\n" +
+	"\x04done\x18\x02 \x01(\x04R\x04done\x12\x14\n" +
+	"\x05total\x18\x03 \x01(\x04R\x05total\x12\x12\n" +
+	"\x04unit\x18\x04 \x01(\tR\x04unit\"$\n" +
 	"\x12PingSandboxRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x15\n" +
 	"\x13PingSandboxResponse\"#\n" +
@@ -2655,7 +2833,7 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\x15SANDBOX_STATE_PAUSING\x10\x03\x12\x18\n" +
 	"\x14SANDBOX_STATE_PAUSED\x10\x04\x12\x1a\n" +
 	"\x16SANDBOX_STATE_RESUMING\x10\x05\x12\x1a\n" +
-	"\x16SANDBOX_STATE_DELETING\x10\x062\xfd\v\n" +
+	"\x16SANDBOX_STATE_DELETING\x10\x062\xdd\f\n" +
 	"\fAgentService\x12\\\n" +
 	"\rCreateSandbox\x12$.wrenn.agent.v1.CreateSandboxRequest\x1a%.wrenn.agent.v1.CreateSandboxResponse\x12\\\n" +
 	"\rDeleteSandbox\x12$.wrenn.agent.v1.DeleteSandboxRequest\x1a%.wrenn.agent.v1.DeleteSandboxResponse\x12Y\n" +
@@ -2669,7 +2847,8 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\fSaveSnapshot\x12#.wrenn.agent.v1.SaveSnapshotRequest\x1a$.wrenn.agent.v1.SaveSnapshotResponse\x12_\n" +
 	"\x0eDeleteSnapshot\x12%.wrenn.agent.v1.DeleteSnapshotRequest\x1a&.wrenn.agent.v1.DeleteSnapshotResponse\x12V\n" +
 	"\vListMoments\x12\".wrenn.agent.v1.ListMomentsRequest\x1a#.wrenn.agent.v1.ListMomentsResponse\x12h\n" +
-	"\x11GetSandboxStorage\x12(.wrenn.agent.v1.GetSandboxStorageRequest\x1a).wrenn.agent.v1.GetSandboxStorageResponse\x12V\n" +
+	"\x11GetSandboxStorage\x12(.wrenn.agent.v1.GetSandboxStorageRequest\x1a).wrenn.agent.v1.GetSandboxStorageResponse\x12^\n" +
+	"\rWatchProgress\x12$.wrenn.agent.v1.WatchProgressRequest\x1a%.wrenn.agent.v1.WatchProgressResponse0\x01\x12V\n" +
 	"\vPingSandbox\x12\".wrenn.agent.v1.PingSandboxRequest\x1a#.wrenn.agent.v1.PingSandboxResponse\x12S\n" +
 	"\n" +
 	"GetSandbox\x12!.wrenn.agent.v1.GetSandboxRequest\x1a\".wrenn.agent.v1.GetSandboxResponse\x12\\\n" +
@@ -2688,7 +2867,7 @@ func file_wrenn_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_wrenn_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_wrenn_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
+var file_wrenn_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
 var file_wrenn_agent_v1_agent_proto_goTypes = []any{
 	(SandboxState)(0),                       // 0: wrenn.agent.v1.SandboxState
 	(*Sandbox)(nil),                         // 1: wrenn.agent.v1.Sandbox
@@ -2722,87 +2901,93 @@ var file_wrenn_agent_v1_agent_proto_goTypes = []any{
 	(*ListMomentsResponse)(nil),             // 29: wrenn.agent.v1.ListMomentsResponse
 	(*GetSandboxStorageRequest)(nil),        // 30: wrenn.agent.v1.GetSandboxStorageRequest
 	(*GetSandboxStorageResponse)(nil),       // 31: wrenn.agent.v1.GetSandboxStorageResponse
-	(*PingSandboxRequest)(nil),              // 32: wrenn.agent.v1.PingSandboxRequest
-	(*PingSandboxResponse)(nil),             // 33: wrenn.agent.v1.PingSandboxResponse
-	(*GetSandboxRequest)(nil),               // 34: wrenn.agent.v1.GetSandboxRequest
-	(*GetSandboxResponse)(nil),              // 35: wrenn.agent.v1.GetSandboxResponse
-	(*ListSandboxesRequest)(nil),            // 36: wrenn.agent.v1.ListSandboxesRequest
-	(*ListSandboxesResponse)(nil),           // 37: wrenn.agent.v1.ListSandboxesResponse
-	nil,                                     // 38: wrenn.agent.v1.CreateSandboxRequest.EnvEntry
-	(*ForkSandboxRequest_Child)(nil),        // 39: wrenn.agent.v1.ForkSandboxRequest.Child
-	nil,                                     // 40: wrenn.agent.v1.ForkSandboxRequest.Child.EnvEntry
-	(*ForkSandboxResponse_Result)(nil),      // 41: wrenn.agent.v1.ForkSandboxResponse.Result
-	(*ListMomentsResponse_Moment)(nil),      // 42: wrenn.agent.v1.ListMomentsResponse.Moment
-	(*GetSandboxStorageResponse_Usage)(nil), // 43: wrenn.agent.v1.GetSandboxStorageResponse.Usage
-	(*timestamppb.Timestamp)(nil),           // 44: google.protobuf.Timestamp
+	(*WatchProgressRequest)(nil),            // 32: wrenn.agent.v1.WatchProgressRequest
+	(*WatchProgressResponse)(nil),           // 33: wrenn.agent.v1.WatchProgressResponse
+	(*Progress)(nil),                        // 34: wrenn.agent.v1.Progress
+	(*PingSandboxRequest)(nil),              // 35: wrenn.agent.v1.PingSandboxRequest
+	(*PingSandboxResponse)(nil),             // 36: wrenn.agent.v1.PingSandboxResponse
+	(*GetSandboxRequest)(nil),               // 37: wrenn.agent.v1.GetSandboxRequest
+	(*GetSandboxResponse)(nil),              // 38: wrenn.agent.v1.GetSandboxResponse
+	(*ListSandboxesRequest)(nil),            // 39: wrenn.agent.v1.ListSandboxesRequest
+	(*ListSandboxesResponse)(nil),           // 40: wrenn.agent.v1.ListSandboxesResponse
+	nil,                                     // 41: wrenn.agent.v1.CreateSandboxRequest.EnvEntry
+	(*ForkSandboxRequest_Child)(nil),        // 42: wrenn.agent.v1.ForkSandboxRequest.Child
+	nil,                                     // 43: wrenn.agent.v1.ForkSandboxRequest.Child.EnvEntry
+	(*ForkSandboxResponse_Result)(nil),      // 44: wrenn.agent.v1.ForkSandboxResponse.Result
+	(*ListMomentsResponse_Moment)(nil),      // 45: wrenn.agent.v1.ListMomentsResponse.Moment
+	(*GetSandboxStorageResponse_Usage)(nil), // 46: wrenn.agent.v1.GetSandboxStorageResponse.Usage
+	(*timestamppb.Timestamp)(nil),           // 47: google.protobuf.Timestamp
 }
 var file_wrenn_agent_v1_agent_proto_depIdxs = []int32{
 	0,  // 0: wrenn.agent.v1.Sandbox.state:type_name -> wrenn.agent.v1.SandboxState
-	44, // 1: wrenn.agent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	44, // 2: wrenn.agent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
-	44, // 3: wrenn.agent.v1.Sandbox.last_active_at:type_name -> google.protobuf.Timestamp
-	44, // 4: wrenn.agent.v1.Sandbox.durable_at:type_name -> google.protobuf.Timestamp
+	47, // 1: wrenn.agent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	47, // 2: wrenn.agent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
+	47, // 3: wrenn.agent.v1.Sandbox.last_active_at:type_name -> google.protobuf.Timestamp
+	47, // 4: wrenn.agent.v1.Sandbox.durable_at:type_name -> google.protobuf.Timestamp
 	2,  // 5: wrenn.agent.v1.Sandbox.needs:type_name -> wrenn.agent.v1.Needs
-	38, // 6: wrenn.agent.v1.CreateSandboxRequest.env:type_name -> wrenn.agent.v1.CreateSandboxRequest.EnvEntry
+	41, // 6: wrenn.agent.v1.CreateSandboxRequest.env:type_name -> wrenn.agent.v1.CreateSandboxRequest.EnvEntry
 	4,  // 7: wrenn.agent.v1.CreateSandboxRequest.source:type_name -> wrenn.agent.v1.Source
 	5,  // 8: wrenn.agent.v1.Source.checkpoint:type_name -> wrenn.agent.v1.CheckpointRef
 	1,  // 9: wrenn.agent.v1.CreateSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
 	1,  // 10: wrenn.agent.v1.PauseSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
 	1,  // 11: wrenn.agent.v1.ResumeSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
-	44, // 12: wrenn.agent.v1.Checkpoint.created_at:type_name -> google.protobuf.Timestamp
+	47, // 12: wrenn.agent.v1.Checkpoint.created_at:type_name -> google.protobuf.Timestamp
 	2,  // 13: wrenn.agent.v1.Checkpoint.needs:type_name -> wrenn.agent.v1.Needs
 	13, // 14: wrenn.agent.v1.CheckpointSandboxResponse.checkpoint:type_name -> wrenn.agent.v1.Checkpoint
 	13, // 15: wrenn.agent.v1.ListCheckpointsResponse.checkpoints:type_name -> wrenn.agent.v1.Checkpoint
 	1,  // 16: wrenn.agent.v1.RollbackSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
-	39, // 17: wrenn.agent.v1.ForkSandboxRequest.children:type_name -> wrenn.agent.v1.ForkSandboxRequest.Child
-	41, // 18: wrenn.agent.v1.ForkSandboxResponse.results:type_name -> wrenn.agent.v1.ForkSandboxResponse.Result
+	42, // 17: wrenn.agent.v1.ForkSandboxRequest.children:type_name -> wrenn.agent.v1.ForkSandboxRequest.Child
+	44, // 18: wrenn.agent.v1.ForkSandboxResponse.results:type_name -> wrenn.agent.v1.ForkSandboxResponse.Result
 	13, // 19: wrenn.agent.v1.SaveSnapshotResponse.snapshot:type_name -> wrenn.agent.v1.Checkpoint
-	42, // 20: wrenn.agent.v1.ListMomentsResponse.moments:type_name -> wrenn.agent.v1.ListMomentsResponse.Moment
-	43, // 21: wrenn.agent.v1.GetSandboxStorageResponse.disk:type_name -> wrenn.agent.v1.GetSandboxStorageResponse.Usage
-	43, // 22: wrenn.agent.v1.GetSandboxStorageResponse.memory:type_name -> wrenn.agent.v1.GetSandboxStorageResponse.Usage
+	45, // 20: wrenn.agent.v1.ListMomentsResponse.moments:type_name -> wrenn.agent.v1.ListMomentsResponse.Moment
+	46, // 21: wrenn.agent.v1.GetSandboxStorageResponse.disk:type_name -> wrenn.agent.v1.GetSandboxStorageResponse.Usage
+	46, // 22: wrenn.agent.v1.GetSandboxStorageResponse.memory:type_name -> wrenn.agent.v1.GetSandboxStorageResponse.Usage
 	13, // 23: wrenn.agent.v1.GetSandboxStorageResponse.checkpoints:type_name -> wrenn.agent.v1.Checkpoint
-	1,  // 24: wrenn.agent.v1.GetSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
-	1,  // 25: wrenn.agent.v1.ListSandboxesResponse.sandboxes:type_name -> wrenn.agent.v1.Sandbox
-	40, // 26: wrenn.agent.v1.ForkSandboxRequest.Child.env:type_name -> wrenn.agent.v1.ForkSandboxRequest.Child.EnvEntry
-	1,  // 27: wrenn.agent.v1.ForkSandboxResponse.Result.sandbox:type_name -> wrenn.agent.v1.Sandbox
-	13, // 28: wrenn.agent.v1.ListMomentsResponse.Moment.checkpoint:type_name -> wrenn.agent.v1.Checkpoint
-	3,  // 29: wrenn.agent.v1.AgentService.CreateSandbox:input_type -> wrenn.agent.v1.CreateSandboxRequest
-	7,  // 30: wrenn.agent.v1.AgentService.DeleteSandbox:input_type -> wrenn.agent.v1.DeleteSandboxRequest
-	9,  // 31: wrenn.agent.v1.AgentService.PauseSandbox:input_type -> wrenn.agent.v1.PauseSandboxRequest
-	11, // 32: wrenn.agent.v1.AgentService.ResumeSandbox:input_type -> wrenn.agent.v1.ResumeSandboxRequest
-	14, // 33: wrenn.agent.v1.AgentService.CheckpointSandbox:input_type -> wrenn.agent.v1.CheckpointSandboxRequest
-	16, // 34: wrenn.agent.v1.AgentService.ListCheckpoints:input_type -> wrenn.agent.v1.ListCheckpointsRequest
-	18, // 35: wrenn.agent.v1.AgentService.DeleteCheckpoint:input_type -> wrenn.agent.v1.DeleteCheckpointRequest
-	20, // 36: wrenn.agent.v1.AgentService.RollbackSandbox:input_type -> wrenn.agent.v1.RollbackSandboxRequest
-	22, // 37: wrenn.agent.v1.AgentService.ForkSandbox:input_type -> wrenn.agent.v1.ForkSandboxRequest
-	24, // 38: wrenn.agent.v1.AgentService.SaveSnapshot:input_type -> wrenn.agent.v1.SaveSnapshotRequest
-	26, // 39: wrenn.agent.v1.AgentService.DeleteSnapshot:input_type -> wrenn.agent.v1.DeleteSnapshotRequest
-	28, // 40: wrenn.agent.v1.AgentService.ListMoments:input_type -> wrenn.agent.v1.ListMomentsRequest
-	30, // 41: wrenn.agent.v1.AgentService.GetSandboxStorage:input_type -> wrenn.agent.v1.GetSandboxStorageRequest
-	32, // 42: wrenn.agent.v1.AgentService.PingSandbox:input_type -> wrenn.agent.v1.PingSandboxRequest
-	34, // 43: wrenn.agent.v1.AgentService.GetSandbox:input_type -> wrenn.agent.v1.GetSandboxRequest
-	36, // 44: wrenn.agent.v1.AgentService.ListSandboxes:input_type -> wrenn.agent.v1.ListSandboxesRequest
-	6,  // 45: wrenn.agent.v1.AgentService.CreateSandbox:output_type -> wrenn.agent.v1.CreateSandboxResponse
-	8,  // 46: wrenn.agent.v1.AgentService.DeleteSandbox:output_type -> wrenn.agent.v1.DeleteSandboxResponse
-	10, // 47: wrenn.agent.v1.AgentService.PauseSandbox:output_type -> wrenn.agent.v1.PauseSandboxResponse
-	12, // 48: wrenn.agent.v1.AgentService.ResumeSandbox:output_type -> wrenn.agent.v1.ResumeSandboxResponse
-	15, // 49: wrenn.agent.v1.AgentService.CheckpointSandbox:output_type -> wrenn.agent.v1.CheckpointSandboxResponse
-	17, // 50: wrenn.agent.v1.AgentService.ListCheckpoints:output_type -> wrenn.agent.v1.ListCheckpointsResponse
-	19, // 51: wrenn.agent.v1.AgentService.DeleteCheckpoint:output_type -> wrenn.agent.v1.DeleteCheckpointResponse
-	21, // 52: wrenn.agent.v1.AgentService.RollbackSandbox:output_type -> wrenn.agent.v1.RollbackSandboxResponse
-	23, // 53: wrenn.agent.v1.AgentService.ForkSandbox:output_type -> wrenn.agent.v1.ForkSandboxResponse
-	25, // 54: wrenn.agent.v1.AgentService.SaveSnapshot:output_type -> wrenn.agent.v1.SaveSnapshotResponse
-	27, // 55: wrenn.agent.v1.AgentService.DeleteSnapshot:output_type -> wrenn.agent.v1.DeleteSnapshotResponse
-	29, // 56: wrenn.agent.v1.AgentService.ListMoments:output_type -> wrenn.agent.v1.ListMomentsResponse
-	31, // 57: wrenn.agent.v1.AgentService.GetSandboxStorage:output_type -> wrenn.agent.v1.GetSandboxStorageResponse
-	33, // 58: wrenn.agent.v1.AgentService.PingSandbox:output_type -> wrenn.agent.v1.PingSandboxResponse
-	35, // 59: wrenn.agent.v1.AgentService.GetSandbox:output_type -> wrenn.agent.v1.GetSandboxResponse
-	37, // 60: wrenn.agent.v1.AgentService.ListSandboxes:output_type -> wrenn.agent.v1.ListSandboxesResponse
-	45, // [45:61] is the sub-list for method output_type
-	29, // [29:45] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	34, // 24: wrenn.agent.v1.WatchProgressResponse.progress:type_name -> wrenn.agent.v1.Progress
+	1,  // 25: wrenn.agent.v1.GetSandboxResponse.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	1,  // 26: wrenn.agent.v1.ListSandboxesResponse.sandboxes:type_name -> wrenn.agent.v1.Sandbox
+	43, // 27: wrenn.agent.v1.ForkSandboxRequest.Child.env:type_name -> wrenn.agent.v1.ForkSandboxRequest.Child.EnvEntry
+	1,  // 28: wrenn.agent.v1.ForkSandboxResponse.Result.sandbox:type_name -> wrenn.agent.v1.Sandbox
+	13, // 29: wrenn.agent.v1.ListMomentsResponse.Moment.checkpoint:type_name -> wrenn.agent.v1.Checkpoint
+	3,  // 30: wrenn.agent.v1.AgentService.CreateSandbox:input_type -> wrenn.agent.v1.CreateSandboxRequest
+	7,  // 31: wrenn.agent.v1.AgentService.DeleteSandbox:input_type -> wrenn.agent.v1.DeleteSandboxRequest
+	9,  // 32: wrenn.agent.v1.AgentService.PauseSandbox:input_type -> wrenn.agent.v1.PauseSandboxRequest
+	11, // 33: wrenn.agent.v1.AgentService.ResumeSandbox:input_type -> wrenn.agent.v1.ResumeSandboxRequest
+	14, // 34: wrenn.agent.v1.AgentService.CheckpointSandbox:input_type -> wrenn.agent.v1.CheckpointSandboxRequest
+	16, // 35: wrenn.agent.v1.AgentService.ListCheckpoints:input_type -> wrenn.agent.v1.ListCheckpointsRequest
+	18, // 36: wrenn.agent.v1.AgentService.DeleteCheckpoint:input_type -> wrenn.agent.v1.DeleteCheckpointRequest
+	20, // 37: wrenn.agent.v1.AgentService.RollbackSandbox:input_type -> wrenn.agent.v1.RollbackSandboxRequest
+	22, // 38: wrenn.agent.v1.AgentService.ForkSandbox:input_type -> wrenn.agent.v1.ForkSandboxRequest
+	24, // 39: wrenn.agent.v1.AgentService.SaveSnapshot:input_type -> wrenn.agent.v1.SaveSnapshotRequest
+	26, // 40: wrenn.agent.v1.AgentService.DeleteSnapshot:input_type -> wrenn.agent.v1.DeleteSnapshotRequest
+	28, // 41: wrenn.agent.v1.AgentService.ListMoments:input_type -> wrenn.agent.v1.ListMomentsRequest
+	30, // 42: wrenn.agent.v1.AgentService.GetSandboxStorage:input_type -> wrenn.agent.v1.GetSandboxStorageRequest
+	32, // 43: wrenn.agent.v1.AgentService.WatchProgress:input_type -> wrenn.agent.v1.WatchProgressRequest
+	35, // 44: wrenn.agent.v1.AgentService.PingSandbox:input_type -> wrenn.agent.v1.PingSandboxRequest
+	37, // 45: wrenn.agent.v1.AgentService.GetSandbox:input_type -> wrenn.agent.v1.GetSandboxRequest
+	39, // 46: wrenn.agent.v1.AgentService.ListSandboxes:input_type -> wrenn.agent.v1.ListSandboxesRequest
+	6,  // 47: wrenn.agent.v1.AgentService.CreateSandbox:output_type -> wrenn.agent.v1.CreateSandboxResponse
+	8,  // 48: wrenn.agent.v1.AgentService.DeleteSandbox:output_type -> wrenn.agent.v1.DeleteSandboxResponse
+	10, // 49: wrenn.agent.v1.AgentService.PauseSandbox:output_type -> wrenn.agent.v1.PauseSandboxResponse
+	12, // 50: wrenn.agent.v1.AgentService.ResumeSandbox:output_type -> wrenn.agent.v1.ResumeSandboxResponse
+	15, // 51: wrenn.agent.v1.AgentService.CheckpointSandbox:output_type -> wrenn.agent.v1.CheckpointSandboxResponse
+	17, // 52: wrenn.agent.v1.AgentService.ListCheckpoints:output_type -> wrenn.agent.v1.ListCheckpointsResponse
+	19, // 53: wrenn.agent.v1.AgentService.DeleteCheckpoint:output_type -> wrenn.agent.v1.DeleteCheckpointResponse
+	21, // 54: wrenn.agent.v1.AgentService.RollbackSandbox:output_type -> wrenn.agent.v1.RollbackSandboxResponse
+	23, // 55: wrenn.agent.v1.AgentService.ForkSandbox:output_type -> wrenn.agent.v1.ForkSandboxResponse
+	25, // 56: wrenn.agent.v1.AgentService.SaveSnapshot:output_type -> wrenn.agent.v1.SaveSnapshotResponse
+	27, // 57: wrenn.agent.v1.AgentService.DeleteSnapshot:output_type -> wrenn.agent.v1.DeleteSnapshotResponse
+	29, // 58: wrenn.agent.v1.AgentService.ListMoments:output_type -> wrenn.agent.v1.ListMomentsResponse
+	31, // 59: wrenn.agent.v1.AgentService.GetSandboxStorage:output_type -> wrenn.agent.v1.GetSandboxStorageResponse
+	33, // 60: wrenn.agent.v1.AgentService.WatchProgress:output_type -> wrenn.agent.v1.WatchProgressResponse
+	36, // 61: wrenn.agent.v1.AgentService.PingSandbox:output_type -> wrenn.agent.v1.PingSandboxResponse
+	38, // 62: wrenn.agent.v1.AgentService.GetSandbox:output_type -> wrenn.agent.v1.GetSandboxResponse
+	40, // 63: wrenn.agent.v1.AgentService.ListSandboxes:output_type -> wrenn.agent.v1.ListSandboxesResponse
+	47, // [47:64] is the sub-list for method output_type
+	30, // [30:47] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_wrenn_agent_v1_agent_proto_init() }
@@ -2820,7 +3005,7 @@ func file_wrenn_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wrenn_agent_v1_agent_proto_rawDesc), len(file_wrenn_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   43,
+			NumMessages:   46,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -153,6 +153,57 @@ func (e OnTimeout) Valid() bool {
 	}
 }
 
+// Defines values for ProgressOperation.
+const (
+	ProgressOperationCheckpoint ProgressOperation = "checkpoint"
+	ProgressOperationCreate     ProgressOperation = "create"
+	ProgressOperationFork       ProgressOperation = "fork"
+	ProgressOperationPause      ProgressOperation = "pause"
+	ProgressOperationResume     ProgressOperation = "resume"
+	ProgressOperationRollback   ProgressOperation = "rollback"
+	ProgressOperationSnapshot   ProgressOperation = "snapshot"
+)
+
+// Valid indicates whether the value is a known member of the ProgressOperation enum.
+func (e ProgressOperation) Valid() bool {
+	switch e {
+	case ProgressOperationCheckpoint:
+		return true
+	case ProgressOperationCreate:
+		return true
+	case ProgressOperationFork:
+		return true
+	case ProgressOperationPause:
+		return true
+	case ProgressOperationResume:
+		return true
+	case ProgressOperationRollback:
+		return true
+	case ProgressOperationSnapshot:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for ProgressUnit.
+const (
+	ProgressUnitBytes     ProgressUnit = "bytes"
+	ProgressUnitSandboxes ProgressUnit = "sandboxes"
+)
+
+// Valid indicates whether the value is a known member of the ProgressUnit enum.
+func (e ProgressUnit) Valid() bool {
+	switch e {
+	case ProgressUnitBytes:
+		return true
+	case ProgressUnitSandboxes:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for SandboxStatus.
 const (
 	SandboxStatusCreating SandboxStatus = "creating"
@@ -507,9 +558,13 @@ type ErrorBody struct {
 
 // Event defines model for Event.
 type Event struct {
-	CreatedAt time.Time              `json:"created_at"`
-	Data      map[string]interface{} `json:"data"`
-	ID        int64                  `json:"id"`
+	CreatedAt time.Time `json:"created_at"`
+
+	// Data What else there is to know; of `sandbox.progress` a Progress
+	Data map[string]interface{} `json:"data"`
+
+	// ID 0 for one that is not kept
+	ID int64 `json:"id"`
 
 	// Subject The sandbox or snapshot
 	//
@@ -877,6 +932,36 @@ type Process struct {
 type ProcessList struct {
 	Processes []Process `json:"processes"`
 }
+
+// Progress Where an operation on a sandbox is
+type Progress struct {
+	// Done How much of the step is done, if that is known
+	Done      *int64            `json:"done,omitempty"`
+	Operation ProgressOperation `json:"operation"`
+
+	// OperationID The same in all events of one operation
+	OperationID string `json:"operation_id"`
+
+	// Request The first 16 hexadecimal digits of the SHA-256 of the Idempotency-Key of the request that asked for it, if it had one: so a client knows its own
+	Request *string `json:"request,omitempty"`
+
+	// Step What is being done now: `importing_image` and `booting` when a create is the first of its template and size, `stopping_processes`, `saving_memory`, `saving_disk`, `making_durable`,
+	// `ending_vm`, `starting_vm`, `waiting_for_guest`, `starting_children` (of a fork). There may be others in time, and short ones may be left out.
+	//
+	//
+	// Example: saving_memory
+	Step  string `json:"step"`
+	Total *int64 `json:"total,omitempty"`
+
+	// Unit What is counted; of `saving_memory` the bytes of RAM gone through
+	Unit *ProgressUnit `json:"unit,omitempty"`
+}
+
+// ProgressOperation defines model for Progress.Operation.
+type ProgressOperation string
+
+// ProgressUnit What is counted; of `saving_memory` the bytes of RAM gone through
+type ProgressUnit string
 
 // RegisterHostRequest defines model for RegisterHostRequest.
 type RegisterHostRequest struct {

@@ -139,7 +139,7 @@ func sealedCopy(ctx context.Context, path string, size int64) (*os.File, error) 
 
 // saveMemory makes dst the whole RAM of a frozen VM: its own file, or a clone of that, with the pages that
 // the VMM has of its own.
-func saveMemory(ctx context.Context, h vm.Handle, dst string) error {
+func saveMemory(ctx context.Context, h vm.Handle, dst string, progress func(done, total int64)) error {
 	f, err := os.OpenFile(dst, os.O_RDWR, 0)
 	if err != nil {
 		return vm.FileError(err, "the memory file")
@@ -149,7 +149,7 @@ func saveMemory(ctx context.Context, h vm.Handle, dst string) error {
 	if err != nil {
 		return err
 	}
-	c := ramCopy{dst: f, size: int64(h.MemoryMB) << 20, buf: make([]byte, copyBytes)}
+	c := ramCopy{dst: f, size: int64(h.MemoryMB) << 20, buf: make([]byte, copyBytes), progress: progress}
 	if c.pagemap, err = os.Open(fmt.Sprintf("/proc/%d/pagemap", h.PID)); err != nil {
 		return err
 	}
@@ -220,6 +220,7 @@ type ramCopy struct {
 	dst, pagemap, mem *os.File
 	size              int64 // of the guest's RAM; nothing is written behind it
 	buf               []byte
+	progress          func(done, total int64) // may be nil
 }
 
 func (c *ramCopy) copy(ctx context.Context, m mapping) error {
@@ -274,6 +275,9 @@ func (c *ramCopy) write(address, offset, n int64) error {
 			return err
 		}
 		address, offset, n = address+int64(len(part)), offset+int64(len(part)), n-int64(len(part))
+		if c.progress != nil {
+			c.progress(offset, c.size)
+		}
 	}
 	return nil
 }

@@ -97,7 +97,7 @@ func (d *Driver) snapshot(ctx context.Context, m *monitor, h vm.Handle, dst vm.S
 			return err
 		}
 	}
-	if err := saveMemory(ctx, h, memory); err != nil {
+	if err := saveMemory(ctx, h, memory, dst.Progress); err != nil {
 		return err
 	}
 	if memory != h.Memory {

@@ -80,6 +80,9 @@ const (
 	// AgentServiceGetSandboxStorageProcedure is the fully-qualified name of the AgentService's
 	// GetSandboxStorage RPC.
 	AgentServiceGetSandboxStorageProcedure = "/wrenn.agent.v1.AgentService/GetSandboxStorage"
+	// AgentServiceWatchProgressProcedure is the fully-qualified name of the AgentService's
+	// WatchProgress RPC.
+	AgentServiceWatchProgressProcedure = "/wrenn.agent.v1.AgentService/WatchProgress"
 	// AgentServicePingSandboxProcedure is the fully-qualified name of the AgentService's PingSandbox
 	// RPC.
 	AgentServicePingSandboxProcedure = "/wrenn.agent.v1.AgentService/PingSandbox"
@@ -119,6 +122,9 @@ type AgentServiceClient interface {
 	ListMoments(context.Context, *connect.Request[agentv1.ListMomentsRequest]) (*connect.Response[agentv1.ListMomentsResponse], error)
 	// GetSandboxStorage says what a sandbox costs on disk.
 	GetSandboxStorage(context.Context, *connect.Request[agentv1.GetSandboxStorageRequest]) (*connect.Response[agentv1.GetSandboxStorageResponse], error)
+	// WatchProgress tells where an operation on a sandbox is, as long as it is under way: at most four times a
+	// second, and only what has changed. It may miss short steps.
+	WatchProgress(context.Context, *connect.Request[agentv1.WatchProgressRequest]) (*connect.ServerStreamForClient[agentv1.WatchProgressResponse], error)
 	// PingSandbox counts as a use of a running sandbox.
 	PingSandbox(context.Context, *connect.Request[agentv1.PingSandboxRequest]) (*connect.Response[agentv1.PingSandboxResponse], error)
 	GetSandbox(context.Context, *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error)
@@ -215,6 +221,12 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(agentServiceMethods.ByName("GetSandboxStorage")),
 			connect.WithClientOptions(opts...),
 		),
+		watchProgress: connect.NewClient[agentv1.WatchProgressRequest, agentv1.WatchProgressResponse](
+			httpClient,
+			baseURL+AgentServiceWatchProgressProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("WatchProgress")),
+			connect.WithClientOptions(opts...),
+		),
 		pingSandbox: connect.NewClient[agentv1.PingSandboxRequest, agentv1.PingSandboxResponse](
 			httpClient,
 			baseURL+AgentServicePingSandboxProcedure,
@@ -251,6 +263,7 @@ type agentServiceClient struct {
 	deleteSnapshot    *connect.Client[agentv1.DeleteSnapshotRequest, agentv1.DeleteSnapshotResponse]
 	listMoments       *connect.Client[agentv1.ListMomentsRequest, agentv1.ListMomentsResponse]
 	getSandboxStorage *connect.Client[agentv1.GetSandboxStorageRequest, agentv1.GetSandboxStorageResponse]
+	watchProgress     *connect.Client[agentv1.WatchProgressRequest, agentv1.WatchProgressResponse]
 	pingSandbox       *connect.Client[agentv1.PingSandboxRequest, agentv1.PingSandboxResponse]
 	getSandbox        *connect.Client[agentv1.GetSandboxRequest, agentv1.GetSandboxResponse]
 	listSandboxes     *connect.Client[agentv1.ListSandboxesRequest, agentv1.ListSandboxesResponse]
@@ -321,6 +334,11 @@ func (c *agentServiceClient) GetSandboxStorage(ctx context.Context, req *connect
 	return c.getSandboxStorage.CallUnary(ctx, req)
 }
 
+// WatchProgress calls wrenn.agent.v1.AgentService.WatchProgress.
+func (c *agentServiceClient) WatchProgress(ctx context.Context, req *connect.Request[agentv1.WatchProgressRequest]) (*connect.ServerStreamForClient[agentv1.WatchProgressResponse], error) {
+	return c.watchProgress.CallServerStream(ctx, req)
+}
+
 // PingSandbox calls wrenn.agent.v1.AgentService.PingSandbox.
 func (c *agentServiceClient) PingSandbox(ctx context.Context, req *connect.Request[agentv1.PingSandboxRequest]) (*connect.Response[agentv1.PingSandboxResponse], error) {
 	return c.pingSandbox.CallUnary(ctx, req)
@@ -365,6 +383,9 @@ type AgentServiceHandler interface {
 	ListMoments(context.Context, *connect.Request[agentv1.ListMomentsRequest]) (*connect.Response[agentv1.ListMomentsResponse], error)
 	// GetSandboxStorage says what a sandbox costs on disk.
 	GetSandboxStorage(context.Context, *connect.Request[agentv1.GetSandboxStorageRequest]) (*connect.Response[agentv1.GetSandboxStorageResponse], error)
+	// WatchProgress tells where an operation on a sandbox is, as long as it is under way: at most four times a
+	// second, and only what has changed. It may miss short steps.
+	WatchProgress(context.Context, *connect.Request[agentv1.WatchProgressRequest], *connect.ServerStream[agentv1.WatchProgressResponse]) error
 	// PingSandbox counts as a use of a running sandbox.
 	PingSandbox(context.Context, *connect.Request[agentv1.PingSandboxRequest]) (*connect.Response[agentv1.PingSandboxResponse], error)
 	GetSandbox(context.Context, *connect.Request[agentv1.GetSandboxRequest]) (*connect.Response[agentv1.GetSandboxResponse], error)
@@ -457,6 +478,12 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(agentServiceMethods.ByName("GetSandboxStorage")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentServiceWatchProgressHandler := connect.NewServerStreamHandler(
+		AgentServiceWatchProgressProcedure,
+		svc.WatchProgress,
+		connect.WithSchema(agentServiceMethods.ByName("WatchProgress")),
+		connect.WithHandlerOptions(opts...),
+	)
 	agentServicePingSandboxHandler := connect.NewUnaryHandler(
 		AgentServicePingSandboxProcedure,
 		svc.PingSandbox,
@@ -503,6 +530,8 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceListMomentsHandler.ServeHTTP(w, r)
 		case AgentServiceGetSandboxStorageProcedure:
 			agentServiceGetSandboxStorageHandler.ServeHTTP(w, r)
+		case AgentServiceWatchProgressProcedure:
+			agentServiceWatchProgressHandler.ServeHTTP(w, r)
 		case AgentServicePingSandboxProcedure:
 			agentServicePingSandboxHandler.ServeHTTP(w, r)
 		case AgentServiceGetSandboxProcedure:
@@ -568,6 +597,10 @@ func (UnimplementedAgentServiceHandler) ListMoments(context.Context, *connect.Re
 
 func (UnimplementedAgentServiceHandler) GetSandboxStorage(context.Context, *connect.Request[agentv1.GetSandboxStorageRequest]) (*connect.Response[agentv1.GetSandboxStorageResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.GetSandboxStorage is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) WatchProgress(context.Context, *connect.Request[agentv1.WatchProgressRequest], *connect.ServerStream[agentv1.WatchProgressResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("wrenn.agent.v1.AgentService.WatchProgress is not implemented"))
 }
 
 func (UnimplementedAgentServiceHandler) PingSandbox(context.Context, *connect.Request[agentv1.PingSandboxRequest]) (*connect.Response[agentv1.PingSandboxResponse], error) {
