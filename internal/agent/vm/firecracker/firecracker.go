@@ -190,37 +190,12 @@ func workDir(h vm.Handle) string {
 	return filepath.Join(h.Dir, strings.TrimSuffix(filepath.Base(h.Socket), socketSuffix))
 }
 
-// talk connects to a VM's API and turns what goes wrong into the contract's errors.
+// talk connects to a VM's API.
 func (d *Driver) talk(ctx context.Context, h vm.Handle, fn func(*client) error) error {
-	alive, err := process(h).Alive()
-	if err != nil {
-		return wrenn.Wrap(err, wrenn.KindInternal, "cannot look for the VM")
-	}
-	if !alive {
-		return gone(nil)
-	}
-	c := connect(h.Socket)
-	defer c.close()
-	if err = fn(c); err == nil {
-		return nil
-	}
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
-	var public *wrenn.Error
-	if errors.As(err, &public) {
-		return err
-	}
-	if alive, aliveErr := process(h).Alive(); aliveErr == nil && !alive {
-		return gone(err)
-	}
-	var refused *fault
-	if errors.As(err, &refused) {
-		return wrenn.Wrap(err, wrenn.KindInvalidState, "the VM's state does not allow this; delete it and start it again if it persists")
-	}
-	return wrenn.Wrap(err, wrenn.KindInternal, "the hypervisor does not answer; the host may be overloaded")
-}
-
-func gone(cause error) error {
-	return wrenn.Wrap(cause, wrenn.KindNotFound, "the VM is gone")
+	refused := func(err error) bool { return errors.As(err, new(*fault)) }
+	return process(h).Talk(ctx, refused, func() error {
+		c := connect(h.Socket)
+		defer c.close()
+		return fn(c)
+	})
 }

@@ -54,7 +54,7 @@ func (d *Driver) Start(ctx context.Context, cfg vm.Config) (vm.Handle, error) {
 	s := &starting{driver: d, cfg: cfg, binary: d.binaries[0]}
 	h, err := s.run(ctx)
 	if err != nil {
-		err = s.public(ctx, err)
+		err = vmproc.StartError(ctx, err, s.stderr)
 		if undoErr := s.undo(); undoErr != nil {
 			d.opts.Log.Error("a failed start left something over", "vm", cfg.ID, "err", undoErr)
 		}
@@ -265,29 +265,12 @@ func limiter(l vm.DiskLimits) rateLimiter {
 	return rateLimiter{Bandwidth: bucket(l.BytesPerSec), Ops: bucket(l.OpsPerSec)}
 }
 
-// public turns a failed start into what may be shown; Firecracker's own words are part of the cause.
-func (s *starting) public(ctx context.Context, err error) error {
-	var public *wrenn.Error
-	if errors.As(err, &public) {
-		return err
-	}
-	if words := vmproc.LastWords(s.stderr); words != "" {
-		err = fmt.Errorf("%w: %s", err, words)
-	}
-	if errors.Is(ctx.Err(), context.Canceled) {
-		return ctx.Err()
-	}
-	return wrenn.Wrap(err, wrenn.KindInternal, "the VM did not start; see the agent's log, and `wrenn-agent doctor`")
-}
-
 func (s *starting) undo() error {
-	var errs []error
-	if s.proc != nil {
-		errs = append(errs, s.proc.Kill(context.Background()), s.proc.Reap())
+	memory := ""
+	if s.madeMemory {
+		memory = s.cfg.MemoryFile
 	}
-	if s.cgroup != nil {
-		errs = append(errs, s.cgroup.Remove())
-	}
+	errs := []error{vmproc.Undo(s.proc, s.cgroup, memory)}
 	for _, f := range []*os.File{s.stderr, s.reader, s.console} {
 		if f != nil {
 			_ = f.Close() // may be closed already
@@ -295,9 +278,6 @@ func (s *starting) undo() error {
 	}
 	if s.dir != "" {
 		errs = append(errs, os.RemoveAll(s.dir))
-	}
-	if s.madeMemory {
-		errs = append(errs, os.Remove(s.cfg.MemoryFile))
 	}
 	return errors.Join(errs...)
 }

@@ -134,42 +134,17 @@ func (d *Driver) Destroy(ctx context.Context, h vm.Handle) error {
 	return removeSockets(h.Socket)
 }
 
-// talk connects to a VM's monitor and turns what goes wrong into the contract's errors.
+// talk connects to a VM's monitor.
 func (d *Driver) talk(ctx context.Context, h vm.Handle, fn func(*monitor) error) error {
-	alive, err := process(h).Alive()
-	if err != nil {
-		return wrenn.Wrap(err, wrenn.KindInternal, "cannot look for the VM")
-	}
-	if !alive {
-		return gone(nil)
-	}
-	m, err := connect(ctx, h.Socket)
-	if err == nil {
+	refused := func(err error) bool { return errors.As(err, new(*qmpError)) }
+	return process(h).Talk(ctx, refused, func() error {
+		m, err := connect(ctx, h.Socket)
+		if err != nil {
+			return err
+		}
 		defer m.close()
-		err = fn(m)
-	}
-	if err == nil {
-		return nil
-	}
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
-	var public *wrenn.Error
-	if errors.As(err, &public) {
-		return err
-	}
-	if alive, aliveErr := process(h).Alive(); aliveErr == nil && !alive {
-		return gone(err)
-	}
-	var refused *qmpError
-	if errors.As(err, &refused) {
-		return wrenn.Wrap(err, wrenn.KindInvalidState, "the VM's state does not allow this; delete it and start it again if it persists")
-	}
-	return wrenn.Wrap(err, wrenn.KindInternal, "the hypervisor does not answer; the host may be overloaded")
-}
-
-func gone(cause error) error {
-	return wrenn.Wrap(cause, wrenn.KindNotFound, "the VM is gone")
+		return fn(m)
+	})
 }
 
 type runStatus struct {

@@ -5,14 +5,12 @@ package qemu
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmproc"
-	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
 // What QEMU itself needs beside the guest's RAM, measured: 60 MiB resident after a boot besides translated
@@ -35,7 +33,7 @@ func (d *Driver) Start(ctx context.Context, cfg vm.Config) (vm.Handle, error) {
 	s := &starting{driver: d, cfg: cfg}
 	h, err := s.run(ctx)
 	if err != nil {
-		err = s.public(ctx, err)
+		err = vmproc.StartError(ctx, err, s.stderr)
 		if undoErr := s.undo(); undoErr != nil {
 			d.opts.Log.Error("a failed start left something over", "vm", cfg.ID, "err", undoErr)
 		}
@@ -153,37 +151,17 @@ func (s *starting) growDisks(ctx context.Context, m *monitor) error {
 	return nil
 }
 
-// public turns a failed start into what may be shown; QEMU's own words are part of the cause.
-func (s *starting) public(ctx context.Context, err error) error {
-	var public *wrenn.Error
-	if errors.As(err, &public) {
-		return err
-	}
-	if words := vmproc.LastWords(s.stderr); words != "" {
-		err = fmt.Errorf("%w: %s", err, words)
-	}
-	if errors.Is(ctx.Err(), context.Canceled) {
-		return ctx.Err()
-	}
-	return wrenn.Wrap(err, wrenn.KindInternal, "the VM did not start; see the agent's log, and `wrenn-agent doctor`")
-}
-
 func (s *starting) undo() error {
-	var errs []error
-	if s.proc != nil {
-		errs = append(errs, s.proc.Kill(context.Background()), s.proc.Reap())
+	memory := ""
+	if s.madeMemory {
+		memory = s.cfg.MemoryFile
 	}
-	if s.cgroup != nil {
-		errs = append(errs, s.cgroup.Remove())
-	}
+	errs := []error{vmproc.Undo(s.proc, s.cgroup, memory)}
 	if s.stderr != nil {
 		errs = append(errs, s.stderr.Close())
 	}
 	if s.madeSockets {
 		errs = append(errs, removeSockets(s.socket))
-	}
-	if s.madeMemory {
-		errs = append(errs, os.Remove(s.cfg.MemoryFile))
 	}
 	return errors.Join(errs...)
 }
