@@ -156,13 +156,48 @@ func (c *Cgroup) Ensure(l Limits) error {
 			return fmt.Errorf("make cgroup: %w", err)
 		}
 	}
+	if err := c.yield(); err != nil {
+		return err
+	}
 	for _, s := range c.settings(l) {
-		err := os.WriteFile(filepath.Join(c.Path(s.controller), s.file), []byte(s.value), 0)
+		err := set(filepath.Join(c.Path(s.controller), s.file), s.value)
 		if err != nil && (!s.optional || !errors.Is(err, fs.ErrNotExist)) {
 			return fmt.Errorf("limit cgroup: %w", err)
 		}
 	}
 	return c.limitIO(l.IO)
+}
+
+// set writes a file of a cgroup. One that is not there must not be asked to be made: the kernel refuses that, in words
+// that do not say so.
+func set(path, value string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(value)
+	return errors.Join(err, f.Close())
+}
+
+// yield puts all VMs together behind what else the host does: half the weight of one service or, in v1, of one process.
+// The agent and the control plane need little CPU and disk, but at once.
+func (c *Cgroup) yield() error {
+	files := map[string]string{"cpu.weight": "50", "io.weight": "50"}
+	if c.h.unified == "" {
+		files = map[string]string{"cpu.shares": "512", "blkio.weight": "250", "blkio.bfq.weight": "50"}
+	}
+	parent := &Cgroup{h: c.h, parent: c.parent}
+	for file, weight := range files {
+		controller, _, _ := strings.Cut(file, ".")
+		if !slices.Contains(c.h.controllers(), controller) {
+			continue
+		}
+		// Weights of disks are there for some schedulers only.
+		if err := set(filepath.Join(parent.Path(controller), file), weight); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("set %s of all VMs: %w", file, err)
+		}
+	}
+	return nil
 }
 
 // delegate turns the controllers on for the children of the root and of the parent.

@@ -73,7 +73,7 @@ func (c *Cgroup) limitIO(l IO) error {
 	}
 	for file, value := range values {
 		// A kernel may have the controller and not this part of it.
-		if err := os.WriteFile(filepath.Join(dir, file), []byte(value), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := set(filepath.Join(dir, file), value); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("limit %s of the cgroup to %q: %w", file, value, err)
 		}
 	}

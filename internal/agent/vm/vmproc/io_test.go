@@ -3,6 +3,8 @@
 package vmproc
 
 import (
+	"errors"
+	"io/fs"
 	"path/filepath"
 	"testing"
 	"time"
@@ -65,5 +67,23 @@ func TestFileOnNoDiskHasNoDevice(t *testing.T) {
 	}
 	if limit, err := NewIO("/nonexistent", 0, 0); limit != (IO{}) || err != nil {
 		t.Errorf("no limit is %+v, %v", limit, err)
+	}
+}
+
+// TestFileThatACgroupHasNot is one of a kernel without a part of a controller, such as the accounting of swap.
+func TestFileThatACgroupHasNot(t *testing.T) {
+	t.Parallel()
+	h := needRoot(t)
+	c := h.Cgroup(parent, "file")
+	if err := c.Ensure(Limits{MemoryBytes: 64 << 20, CPUs: 1, PIDs: 10}); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := c.Remove(); err != nil {
+			t.Error(err)
+		}
+	}()
+	if err := set(filepath.Join(c.Path("memory"), "memory.of_another_kernel"), "1"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the file is not there, but: %v", err)
 	}
 }

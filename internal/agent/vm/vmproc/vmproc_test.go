@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -75,6 +76,11 @@ func TestLaunchedProcessIsConfinedAndTheAgentIsNot(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	weight := map[int]string{1: "cpu.shares 512", 2: "cpu.weight 50"}[h.Version()]
+	file, want, _ := strings.Cut(weight, " ")
+	if got, err := os.ReadFile(filepath.Join(h.Cgroup(parent, "").Path("cpu"), file)); err != nil || strings.TrimSpace(string(got)) != want {
+		t.Errorf("all VMs have %s %s, %v; want %s", file, got, err, want)
+	}
 	p := sleeper(t, Spec{UID: 700_900, GID: 700_901, Cgroup: c})
 	if pids, err := c.PIDs(); err != nil || !slices.Equal(pids, []int{p.PID}) {
 		t.Errorf("the cgroup holds %v, %v", pids, err)
