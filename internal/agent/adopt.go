@@ -8,7 +8,9 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/wrenn-sandbox/wrenn/internal/agent/network"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmproc"
 	"github.com/wrenn-sandbox/wrenn/internal/gen/agentv1"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
@@ -71,6 +73,9 @@ func (s *Sandboxes) adoptOne(ctx context.Context, dir string) error {
 	}
 	sb := &sandbox{id: rec.ID, dir: dir, rec: *rec}
 	s.byID[rec.ID] = sb
+	if err := s.afterBoot(sb); err != nil {
+		return err
+	}
 	if err := s.dropUnfinished(filepath.Join(dir, checkpointsDir)); err != nil {
 		return err
 	}
@@ -83,24 +88,40 @@ func (s *Sandboxes) adoptOne(ctx context.Context, dir string) error {
 	case wrenn.SandboxCreating, wrenn.SandboxDeleting:
 		return s.finishRemoval(ctx, sb)
 	case wrenn.SandboxRunning:
-		if err := s.adoptRunning(ctx, sb); err != nil {
+		if lives, err := s.carryOn(ctx, sb, nil); err != nil || !lives {
 			return err
 		}
 		s.watchers.Go(func() { s.wakeGuest(sb) })
 		return nil
 	case wrenn.SandboxPausing, wrenn.SandboxResuming:
-		return s.adoptChanging(ctx, sb)
+		if rec.Before != nil {
+			return s.revert(ctx, sb)
+		}
+		return s.settleChange(ctx, sb)
 	case wrenn.SandboxPaused:
-		return s.adoptPaused(sb)
+		return s.adoptPaused(ctx, sb)
 	}
 	return nil
 }
 
+// afterBoot makes sure, when the host was started anew, that the control plane does not take for old what this
+// agent reports: it may have heard of state changes that the power cut took back.
+func (s *Sandboxes) afterBoot(sb *sandbox) error {
+	boot, err := vmproc.BootID()
+	if err != nil || sb.rec.BootID == boot {
+		return err
+	}
+	return sb.update(forGood, func(r *record) { r.Revision += revisionsLost })
+}
+
 // adoptPaused sees whether the saved memory is still good, and goes on to make it durable.
-func (s *Sandboxes) adoptPaused(sb *sandbox) (err error) {
+func (s *Sandboxes) adoptPaused(ctx context.Context, sb *sandbox) (err error) {
+	if sb.rec.VM != nil {
+		return s.endPaused(ctx, sb)
+	}
 	if _, loadErr := sb.machine().load(); sb.rec.HasMemory && errors.Is(loadErr, os.ErrNotExist) {
 		s.log.Warn("a paused sandbox lost its memory", "sandbox", sb.id, "err", loadErr)
-		err = s.transition(sb, func(r *record) {
+		err = s.transition(sb, forGood, func(r *record) {
 			r.toPaused(sb.machine(), false)
 			r.Reason = "its host went down before the saved memory was safe on disk; the disk is kept"
 		})
@@ -109,32 +130,8 @@ func (s *Sandboxes) adoptPaused(sb *sandbox) (err error) {
 	return err
 }
 
-// adoptChanging settles a pause or resume that was cut off. A manifest says that the machine is whole at
-// rest and its VM, if any, has not gone on; without one the VM is the truth.
-func (s *Sandboxes) adoptChanging(ctx context.Context, sb *sandbox) error {
-	if sb.rec.Before != nil {
-		return s.revert(ctx, sb)
-	}
-	if sb.machine().atRest() {
-		if err := s.teardown(ctx, sb); err != nil {
-			return err
-		}
-		return s.settled(sb, true)
-	}
-	if sb.rec.VM == nil { // a resume that had not come to starting the VM, of a machine without memory
-		return s.settled(sb, false)
-	}
-	if err := s.adoptRunning(ctx, sb); err != nil || sb.snapshot().State == wrenn.SandboxPaused {
-		return err
-	}
-	if err := s.greet(ctx, sb); err != nil {
-		return err
-	}
-	return s.transition(sb, (*record).toRunning)
-}
-
 func (s *Sandboxes) settled(sb *sandbox, hasMemory bool) error {
-	err := s.transition(sb, func(r *record) { r.toPaused(sb.machine(), hasMemory) })
+	err := s.transition(sb, thisBoot, func(r *record) { r.toPaused(sb.machine(), hasMemory) })
 	s.harden(sb)
 	return err
 }
@@ -151,30 +148,36 @@ func (s *Sandboxes) finishRemoval(ctx context.Context, sb *sandbox) error {
 	return nil
 }
 
-func (s *Sandboxes) adoptRunning(ctx context.Context, sb *sandbox) error {
-	handle := *sb.rec.VM
+// carryOn lets the VM that the record names go on, in its slot, or if that is nil in the one that an earlier
+// agent left. A sandbox whose VM is gone is then paused.
+func (s *Sandboxes) carryOn(ctx context.Context, sb *sandbox, slot *network.Slot) (lives bool, err error) {
+	handle, index := *sb.snapshot().VM, sb.snapshot().Slot
 	state, err := s.driver.Inspect(ctx, handle)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if state == vm.StateGone {
 		if err := s.driver.Destroy(ctx, handle); err != nil { // removes the rest: cgroup, socket
-			return err
+			return false, err
 		}
-		return s.lost(sb)
-	}
-	slot, err := s.net.Adopt(sb.rec.Slot)
-	if err != nil {
-		return err
-	}
-	if state == vm.StateFrozen {
-		if err := s.driver.Resume(ctx, handle); err != nil {
-			return err
+		s.detach(sb)
+		if slot != nil {
+			s.net.Release(slot)
 		}
+		return false, s.lost(sb)
 	}
+	if slot == nil {
+		if slot, err = s.net.Adopt(index); err != nil {
+			return false, err
+		}
+		s.log.Info("took over a running sandbox", "sandbox", sb.id, "pid", handle.PID)
+	}
+	s.detach(sb)
 	s.attach(sb, slot, handle)
-	s.log.Info("took over a running sandbox", "sandbox", sb.id, "pid", handle.PID)
-	return nil
+	if state == vm.StateFrozen {
+		return true, s.driver.Resume(ctx, handle)
+	}
+	return true, nil
 }
 
 // wakeGuest lets the processes of a guest go on that an operation which was cut off had stopped. Where none
@@ -220,8 +223,20 @@ func (s *Sandboxes) StopVMs(ctx context.Context) error {
 		if r.State != protoState[wrenn.SandboxRunning] {
 			continue
 		}
-		_, err := s.Pause(ctx, &agentv1.PauseSandboxRequest{Id: r.Id, OperationId: wrenn.NewID(wrenn.PrefixOperation), Durable: true})
-		errs = append(errs, err)
+		errs = append(errs, s.stopVM(ctx, r.Id))
 	}
 	return errors.Join(errs...)
+}
+
+// stopVM pauses a sandbox and returns when its VM has ended.
+func (s *Sandboxes) stopVM(ctx context.Context, id string) error {
+	req := &agentv1.PauseSandboxRequest{Id: id, OperationId: wrenn.NewID(wrenn.PrefixOperation), Durable: true}
+	if _, err := s.Pause(ctx, req); err != nil {
+		return err
+	}
+	sb, err := s.get(id)
+	if err != nil {
+		return err
+	}
+	return sb.do(ctx, wrenn.NewID(wrenn.PrefixOperation), func(ctx context.Context) error { return s.settleOperation(ctx, sb) })
 }

@@ -19,7 +19,7 @@ func (s *Sandboxes) Checkpoint(ctx context.Context, id, opID, checkpointID strin
 	}
 	return s.keepMoment(ctx, id, opID, func(sb *sandbox) string {
 		return filepath.Join(sb.dir, checkpointsDir, checkpointID)
-	}, func(sb *sandbox) error { return sb.update(func(r *record) { r.Parent = checkpointID }) })
+	}, func(sb *sandbox) error { return sb.update(forGood, func(r *record) { r.Parent = checkpointID }) })
 }
 
 // SaveSnapshot saves the moment of a sandbox apart from it.
@@ -61,6 +61,9 @@ func (s *Sandboxes) keepMoment(ctx context.Context, id, opID string, where func(
 // power cut if it is to be durable. A running sandbox stops for as long as device state and clones take.
 func (s *Sandboxes) saveMoment(ctx context.Context, sb *sandbox, dir string, durable bool) (mo *moment, err error) {
 	defer func() { err = diskFull(err) }()
+	if err := s.settleOperation(ctx, sb); err != nil {
+		return nil, err
+	}
 	rec := sb.snapshot()
 	if sb.forgotten() || rec.State != wrenn.SandboxRunning && rec.State != wrenn.SandboxPaused {
 		return nil, wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is %s; it must be running or paused", rec.State).

@@ -25,7 +25,8 @@ import (
 type faultyOperation struct {
 	name   string
 	points []string
-	paused bool // it is done on a paused sandbox
+	late   string // the one of the points that is passed when the caller has its answer
+	paused bool   // it is done on a paused sandbox
 	do     func(ctx context.Context, s *Sandboxes, v *victim) error
 }
 
@@ -43,12 +44,12 @@ var momentPoints = []string{"moment.begun", "moment.frozen", "moment.cloned", "m
 
 func faultyOperations() []faultyOperation {
 	return []faultyOperation{
-		{name: "pause", points: []string{"pause.begun", "pause.quiet", "pause.frozen", "pause.saved", "pause.ended"},
+		{name: "pause", points: []string{"pause.begun", "pause.quiet", "pause.frozen", "pause.saved", "pause.ended"}, late: "pause.ended",
 			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
 				_, err := s.Pause(ctx, &agentv1.PauseSandboxRequest{Id: v.id, OperationId: newOp()})
 				return err
 			}},
-		{name: "pause of the disk", points: []string{"pause.disk", "pause.ended"},
+		{name: "pause of the disk", points: []string{"pause.disk", "pause.ended"}, late: "pause.ended",
 			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
 				_, err := s.Pause(ctx, &agentv1.PauseSandboxRequest{Id: v.id, OperationId: newOp(), DiskOnly: true})
 				return err
@@ -320,17 +321,36 @@ func (l *faultLab) tryFault(t *testing.T, op faultyOperation, point, kind string
 		return fault(v)
 	})
 	err := op.do(t.Context(), l.s, v)
+	if op.late == point {
+		l.over(t, v.id)
+	}
 	l.arm(v.id, nil)
 	if hits != 1 {
 		t.Fatalf("the point was passed %d times; the operation: %v", hits, err)
 	}
 	switch {
+	case op.late == point:
+		if err != nil {
+			t.Errorf("what fails after the answer is told: %v", err)
+		}
 	case kind == "ENOSPC" && wrenn.KindOf(err) != wrenn.KindDiskFull:
 		t.Errorf("a full disk is told as %v", err)
 	case kind == "EIO" && err == nil:
 		t.Error("the failure is not told")
 	}
 	l.check(t, op, v, kind == "VMM" || op.name == "pause of the disk")
+}
+
+// over waits until an operation has done all that it left for after its answer.
+func (l *faultLab) over(t *testing.T, id string) {
+	t.Helper()
+	sb, err := l.s.get(id)
+	if err == nil {
+		err = sb.do(t.Context(), newOp(), func(context.Context) error { return nil })
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 // killVMM ends the sandbox's VM as the OOM killer would. A sandbox that has none has lost nothing.
@@ -379,6 +399,11 @@ func TestCrashes(t *testing.T) {
 			})
 			failed := make(chan error, 1)
 			go func(s *Sandboxes) { failed <- a.op.do(context.Background(), s, a.v) }(l.s)
+			if a.op.late == a.point {
+				if err := <-failed; err != nil {
+					t.Fatalf("%s: %v", a.op.name, err)
+				}
+			}
 			select {
 			case <-reached:
 			case err := <-failed:

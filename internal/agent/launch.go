@@ -36,7 +36,7 @@ func (s *Sandboxes) launch(ctx context.Context, sb *sandbox, from machine, share
 	}
 	// From here the VM changes its disk, so that and the memory are no saved moment any more. This is on disk
 	// before the first instruction.
-	if err := sb.update(func(r *record) { r.VM, r.HasMemory, r.StartedAt = &handle, false, handle.StartedAt.UTC() }); err != nil {
+	if err := sb.update(thisBoot, func(r *record) { r.VM, r.HasMemory, r.StartedAt = &handle, false, handle.StartedAt.UTC() }); err != nil {
 		return err
 	}
 	if err := s.fault(sb, "launch.recorded"); err != nil {
@@ -100,7 +100,7 @@ func (s *Sandboxes) startVM(ctx context.Context, sb *sandbox, slot *network.Slot
 		cfg.SharedMemory = shared
 		token = man.Token
 	}
-	if err := sb.update(func(r *record) {
+	if err := sb.update(thisBoot, func(r *record) {
 		r.Slot, r.AccessToken, r.NextToken, r.Cold = slot.Index, token, cmp.Or(r.NextToken, guest.NewToken()), r.Cold || man == nil
 	}); err != nil {
 		return vm.Handle{}, err
@@ -230,7 +230,7 @@ func (s *Sandboxes) ended(sb *sandbox, gone chan struct{}) {
 // lost records that a running sandbox has no VM any more.
 func (s *Sandboxes) lost(sb *sandbox) error {
 	s.log.Warn("the virtual machine of a sandbox ended by itself", "sandbox", sb.id)
-	err := s.transition(sb, func(r *record) {
+	err := s.transition(sb, forGood, func(r *record) {
 		r.toPaused(sb.machine(), false)
 		r.Reason = "its virtual machine ended by itself (powered off, or its host restarted); the disk is kept"
 	})

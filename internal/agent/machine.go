@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -95,16 +96,19 @@ func (m machine) rest(ctx context.Context, driver vm.Driver, handle vm.Handle, v
 		return err
 	}
 	caps := driver.Capabilities().Of(handle)
-	return m.writeManifest(manifest{
+	return m.writeManifest(thisBoot, manifest{
 		Version: manifestVersion, needs: needsOf(caps), VCPUs: vcpus, MemoryMB: handle.MemoryMB, DiskBytes: disk.Size(), StateSHA: sum,
 		SavedAt: time.Now().UTC(), BootID: boot, Token: token,
 	})
 }
 
-func (m machine) writeManifest(man manifest) error {
+func (m machine) writeManifest(keep lasting, man manifest) error {
 	raw, err := json.MarshalIndent(man, "", "  ")
 	if err != nil {
 		return err
+	}
+	if keep == thisBoot {
+		return write(m.manifest(), append(raw, '\n'))
 	}
 	return writeDurably(m.manifest(), append(raw, '\n'))
 }
@@ -129,6 +133,9 @@ func (m machine) load() (*manifest, error) {
 	raw, err := os.ReadFile(m.manifest())
 	if err != nil {
 		return nil, err
+	}
+	if len(bytes.Trim(raw, "\x00")) == 0 { // its name came to disk before a power cut, and not what it says
+		return nil, fmt.Errorf("manifest of %s is empty: %w", filepath.Base(m.dir()), os.ErrNotExist)
 	}
 	man := &manifest{}
 	if err := json.Unmarshal(raw, man); err != nil {
@@ -237,7 +244,7 @@ func (m machine) markDurable() error {
 		return err
 	}
 	man.Durable = true
-	return m.writeManifest(*man)
+	return m.writeManifest(forGood, *man)
 }
 
 func (m machine) syncFiles() error {

@@ -68,12 +68,12 @@ func (sb *sandbox) admit(opID string, to, from wrenn.SandboxState) (done bool, e
 
 func (s *Sandboxes) pause(ctx context.Context, sb *sandbox, req *agentv1.PauseSandboxRequest) (err error) {
 	defer func() { err = diskFull(err) }()
-	if err := s.transition(sb, func(r *record) { r.State, r.OperationID = wrenn.SandboxPausing, req.OperationId }); err != nil {
+	if err := s.transition(sb, thisBoot, func(r *record) { r.State, r.OperationID = wrenn.SandboxPausing, req.OperationId }); err != nil {
 		return err
 	}
 	var u undo.Stack
 	defer u.Run(&err)
-	u.Push(func() error { return s.transition(sb, func(r *record) { r.State = wrenn.SandboxRunning }) })
+	u.Push(func() error { return s.transition(sb, thisBoot, func(r *record) { r.State = wrenn.SandboxRunning }) })
 	if err := s.fault(sb, "pause.begun"); err != nil {
 		return err
 	}
@@ -84,37 +84,51 @@ func (s *Sandboxes) pause(ctx context.Context, sb *sandbox, req *agentv1.PauseSa
 	if err := save(ctx, sb, &u); err != nil {
 		return err
 	}
-	var durableAt time.Time
+	keep, durableAt := thisBoot, time.Time{}
 	if req.Durable || req.DiskOnly { // a disk alone was written to the host's disk by saveDisk
 		step(ctx, stepDurable)
 		if err := sb.machine().sync(); err != nil {
 			return err
 		}
-		durableAt = time.Now().UTC()
+		keep, durableAt = forGood, time.Now().UTC()
 	}
 	if err := s.fault(sb, "pause.saved"); err != nil {
 		return err
 	}
-	step(ctx, stepEnding)
+	if err := s.transition(sb, keep, func(r *record) {
+		ending, slot := r.VM, r.Slot
+		r.toPaused(sb.machine(), !req.DiskOnly)
+		r.VM, r.Slot, r.DurableAt = ending, slot, durableAt
+	}); err != nil {
+		return err
+	}
+	// The VM stands still and is not needed any more; nobody has to wait for its end but the next operation.
+	sb.afterwards(func(ctx context.Context) {
+		if err := s.endPaused(ctx, sb); err != nil {
+			s.log.Error("the VM of a paused sandbox does not end yet", "sandbox", sb.id, "err", err)
+		}
+	})
+	return nil
+}
+
+// endPaused ends the VM of a sandbox that is paused.
+func (s *Sandboxes) endPaused(ctx context.Context, sb *sandbox) error {
 	if err := s.teardown(ctx, sb); err != nil {
 		return err
 	}
-	u = undo.Stack{} // the VM is gone: there is no way back
-	u.Push(func() error { return s.settled(sb, !req.DiskOnly && sb.machine().atRest()) })
 	if err := s.fault(sb, "pause.ended"); err != nil {
 		return err
 	}
-	if req.DiskOnly {
+	if !sb.snapshot().HasMemory {
 		if err := sb.machine().dropMemory(); err != nil {
 			return err
 		}
 	}
-	err = s.transition(sb, func(r *record) {
-		r.toPaused(sb.machine(), !req.DiskOnly)
-		r.DurableAt = durableAt
-	})
+	if err := sb.update(thisBoot, func(r *record) { r.VM, r.Slot = nil, -1 }); err != nil {
+		return err
+	}
 	s.harden(sb)
-	return err
+	return nil
 }
 
 // harden makes a paused sandbox survive a power cut of the host, in the background: writing out what may
@@ -144,7 +158,7 @@ func (s *Sandboxes) hardenNow(sb *sandbox, revision uint64) error {
 		if err := sb.machine().markDurable(); err != nil {
 			return err
 		}
-		return s.transition(sb, func(r *record) { r.DurableAt = time.Now().UTC() })
+		return s.transition(sb, forGood, func(r *record) { r.DurableAt = time.Now().UTC() })
 	})
 }
 
@@ -156,20 +170,43 @@ func (s *Sandboxes) notify() {
 	}
 }
 
-// settleOperation ends an operation that could neither be done nor undone to its end: a pause whose VM is gone but
-// whose last record could not be written, a rollback that could not be taken back.
+// settleOperation ends an operation that could neither be done nor undone to its end, because a record could
+// not be written or a VM did not end.
 func (s *Sandboxes) settleOperation(ctx context.Context, sb *sandbox) error {
-	rec := sb.snapshot()
-	if rec.Before != nil {
+	switch rec := sb.snapshot(); {
+	case rec.Before != nil:
 		return s.revert(ctx, sb)
+	case rec.State == wrenn.SandboxPausing:
+		return s.settleChange(ctx, sb)
+	case rec.State == wrenn.SandboxPaused && rec.VM != nil:
+		return s.endPaused(ctx, sb)
 	}
-	if rec.State != wrenn.SandboxPausing {
-		return nil
+	return nil
+}
+
+// settleChange settles a pause or resume that was cut off, in this agent or an earlier one. A manifest says
+// that the machine is whole at rest and its VM, if any, has not gone on; without one the VM is the truth.
+func (s *Sandboxes) settleChange(ctx context.Context, sb *sandbox) error {
+	rec := sb.snapshot()
+	if sb.machine().atRest() {
+		if err := s.teardown(ctx, sb); err != nil {
+			return err
+		}
+		return s.settled(sb, true)
 	}
-	if err := s.teardown(ctx, sb); err != nil {
+	if rec.VM == nil { // a resume that had not come to starting the VM, of a machine without memory
+		return s.settled(sb, false)
+	}
+	sb.mu.Lock()
+	slot := sb.slot
+	sb.mu.Unlock()
+	if lives, err := s.carryOn(ctx, sb, slot); err != nil || !lives {
 		return err
 	}
-	return s.settled(sb, sb.machine().atRest())
+	if err := s.greet(ctx, sb); err != nil {
+		return err
+	}
+	return s.transition(sb, thisBoot, (*record).toRunning)
 }
 
 // saveMemory brings the machine to rest: frozen, its device state and manifest beside its memory and disk.
@@ -234,7 +271,7 @@ func (s *Sandboxes) resume(ctx context.Context, sb *sandbox, opID string) (err e
 	if err := s.needSpace(sb.snapshot().MemoryMB); err != nil {
 		return err
 	}
-	if err := s.transition(sb, func(r *record) { r.State, r.OperationID = wrenn.SandboxResuming, opID }); err != nil {
+	if err := s.transition(sb, thisBoot, func(r *record) { r.State, r.OperationID = wrenn.SandboxResuming, opID }); err != nil {
 		return err
 	}
 	var u undo.Stack
@@ -246,7 +283,7 @@ func (s *Sandboxes) resume(ctx context.Context, sb *sandbox, opID string) (err e
 	if err := s.launch(ctx, sb, sb.machine(), false, &u); err != nil {
 		return err
 	}
-	return s.transition(sb, (*record).toRunning)
+	return s.transition(sb, thisBoot, (*record).toRunning)
 }
 
 // checkIdle refuses with KindConflict if the sandbox was used within the last idle time, or a command

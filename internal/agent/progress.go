@@ -17,7 +17,6 @@ const (
 	stepMemory     = "saving_memory" // bytes: of the RAM gone through
 	stepDisk       = "saving_disk"
 	stepDurable    = "making_durable"
-	stepEnding     = "ending_vm"
 	stepStarting   = "starting_vm"
 	stepGuest      = "waiting_for_guest"
 	stepChildren   = "starting_children" // sandboxes: those that run

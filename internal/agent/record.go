@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmproc"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
@@ -18,7 +19,12 @@ const recordVersion = 1
 // a side effect starts (with operation set) and after it ended (without), so a later agent can tell
 // what was half done. Fields are only ever added.
 type record struct {
-	Version  int                `json:"version"`
+	Version int `json:"version"`
+	// BootID is of the host's boot in which this was written, Writes counts how often it was: the one of two
+	// records that counts more is the later one.
+	BootID string `json:"boot_id,omitempty"`
+	Writes uint64 `json:"writes,omitempty"`
+
 	ID       string             `json:"id"`
 	State    wrenn.SandboxState `json:"state"`
 	Revision uint64             `json:"revision"`
@@ -60,9 +66,23 @@ type record struct {
 
 // Names in a sandbox's directory, beside its machine.
 const (
-	recordFile = "record.json"
-	consoleLog = "console.log"
+	recordFile  = "record.json"      // survives a power cut
+	passingFile = "record.boot.json" // what was written since, and counts as long as the host's boot lasts
+	consoleLog  = "console.log"
 )
+
+// lasting says what a record must survive. The end of the agent, always. A power cut ends every VM and
+// with it what most records tell: which one runs, what it is being asked. Only where a sandbox or its files
+// come, go or change places, or memory is promised to be kept, is the time taken to bring the record to disk.
+type lasting bool
+
+const (
+	thisBoot lasting = false
+	forGood  lasting = true
+)
+
+// revisionsLost is more than the state changes that one boot can have made and a power cut have taken back.
+const revisionsLost = 1 << 24
 
 // toRunning is the record of a sandbox whose guest knows who it is.
 func (r *record) toRunning() {
@@ -75,23 +95,49 @@ func (r *record) toRunning() {
 // toPaused is the record of a sandbox whose VM is gone, and whose machine is at rest in m.
 func (r *record) toPaused(m machine, hasMemory bool) {
 	r.State, r.VM, r.Slot, r.HasMemory, r.Reason, r.Needs = wrenn.SandboxPaused, nil, -1, hasMemory, "", nil
-	r.DurableAt = time.Time{}
+	r.DurableAt, r.Before = time.Time{}, nil
 	if man, err := m.load(); err == nil && hasMemory {
 		r.Needs = &man.needs
 	}
 }
 
-// save replaces the record in dir, atomically and durably.
-func (r *record) save(dir string) error {
+// save writes the record to dir, atomically.
+func (r *record) save(dir string, keep lasting) error {
+	boot, err := vmproc.BootID()
+	if err != nil {
+		return err
+	}
+	r.BootID = boot
+	r.Writes++
 	raw, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
 		return err
 	}
-	return writeDurably(filepath.Join(dir, recordFile), append(raw, '\n'))
+	raw = append(raw, '\n')
+	if keep == thisBoot {
+		return write(filepath.Join(dir, passingFile), raw)
+	}
+	return writeDurably(filepath.Join(dir, recordFile), raw)
 }
 
+// loadRecord gives the latest record of dir that is still good.
 func loadRecord(dir string) (*record, error) {
-	raw, err := os.ReadFile(filepath.Join(dir, recordFile))
+	r, err := readRecord(dir, recordFile)
+	if err != nil {
+		return nil, err
+	}
+	boot, err := vmproc.BootID()
+	if err != nil {
+		return nil, err
+	}
+	if passing, err := readRecord(dir, passingFile); err == nil && passing.BootID == boot && passing.Writes > r.Writes {
+		return passing, nil
+	}
+	return r, nil
+}
+
+func readRecord(dir, name string) (*record, error) {
+	raw, err := os.ReadFile(filepath.Join(dir, name))
 	if err != nil {
 		return nil, err
 	}
@@ -108,9 +154,28 @@ func loadRecord(dir string) (*record, error) {
 	return r, nil
 }
 
-// writeDurably replaces a file, mode 0600, so that after a power cut either the old or the new content
-// is there.
-func writeDurably(path string, content []byte) (err error) {
+// write replaces a file, mode 0600: whoever reads it finds the old content or the new, as long as the host
+// keeps its power.
+func write(path string, content []byte) error {
+	return replace(path, func(f *os.File) error {
+		_, err := f.Write(content)
+		return errors.Join(err, f.Close())
+	})
+}
+
+// writeDurably is write that a power cut does not undo or break.
+func writeDurably(path string, content []byte) error {
+	err := replace(path, func(f *os.File) error {
+		_, err := f.Write(content)
+		return errors.Join(err, f.Sync(), f.Close())
+	})
+	if err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func replace(path string, fill func(*os.File) error) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {
 		return err
@@ -120,18 +185,10 @@ func writeDurably(path string, content []byte) (err error) {
 			err = errors.Join(err, os.Remove(f.Name()))
 		}
 	}()
-	if err := writeSyncClose(f, content); err != nil {
+	if err := fill(f); err != nil {
 		return err
 	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-func writeSyncClose(f *os.File, content []byte) error {
-	_, err := f.Write(content)
-	return errors.Join(err, f.Sync(), f.Close())
+	return os.Rename(f.Name(), path)
 }
 
 func syncDir(dir string) error {

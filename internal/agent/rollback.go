@@ -37,6 +37,9 @@ func (s *Sandboxes) Rollback(ctx context.Context, req *agentv1.RollbackSandboxRe
 		return nil, wrenn.Errorf(wrenn.KindInvalidRequest, "the checkpoint has no valid id")
 	}
 	err = sb.do(ctx, req.OperationId, func(ctx context.Context) error {
+		if err := s.settleOperation(ctx, sb); err != nil {
+			return err
+		}
 		rec := sb.snapshot()
 		if rec.OperationID == req.OperationId && rec.State == wrenn.SandboxRunning {
 			return nil
@@ -76,7 +79,7 @@ func (s *Sandboxes) rollback(ctx context.Context, sb *sandbox, mo *moment, req *
 		moved := rec.VM.Moved(sb.machine().dir(), sb.old().dir())
 		b.VM = &moved
 	}
-	if err := s.transition(sb, func(r *record) { r.State, r.OperationID, r.Before = wrenn.SandboxResuming, req.OperationId, b }); err != nil {
+	if err := s.transition(sb, forGood, func(r *record) { r.State, r.OperationID, r.Before = wrenn.SandboxResuming, req.OperationId, b }); err != nil {
 		return errors.Join(err, s.discard(sb.next().dir()))
 	}
 	slot := sb.keepSlot()
@@ -89,7 +92,7 @@ func (s *Sandboxes) rollback(ctx context.Context, sb *sandbox, mo *moment, req *
 	if err := s.launch(ctx, sb, mo.machine(), false, &u); err != nil {
 		return err
 	}
-	if err := s.transition(sb, func(r *record) {
+	if err := s.transition(sb, forGood, func(r *record) {
 		r.toRunning()
 		r.Parent, r.Before = mo.ID, nil
 	}); err != nil {
@@ -141,7 +144,7 @@ func (s *Sandboxes) swap(ctx context.Context, sb *sandbox) error {
 		return err
 	}
 	s.detach(sb)
-	if err := errors.Join(syncDir(sb.dir), sb.update(func(r *record) { r.VM, r.Slot = nil, -1 })); err != nil {
+	if err := errors.Join(syncDir(sb.dir), sb.update(forGood, func(r *record) { r.VM, r.Slot = nil, -1 })); err != nil {
 		return err
 	}
 	return s.fault(sb, "rollback.swapped")
@@ -187,15 +190,15 @@ func (s *Sandboxes) revert(ctx context.Context, sb *sandbox) error {
 		return err
 	}
 	if b.VM == nil {
-		err := s.transition(sb, func(r *record) {
+		err := s.transition(sb, forGood, func(r *record) {
 			r.toPaused(sb.machine(), sb.machine().atRest())
-			r.Parent, r.AccessToken, r.NextToken, r.Before = b.Parent, b.Token, "", nil
+			r.Parent, r.AccessToken, r.NextToken = b.Parent, b.Token, ""
 		})
 		s.harden(sb)
 		return err
 	}
 	handle := b.VM.Moved(sb.old().dir(), sb.machine().dir())
-	if err := sb.update(func(r *record) {
+	if err := sb.update(forGood, func(r *record) {
 		r.VM, r.Slot, r.Parent, r.AccessToken, r.NextToken = &handle, b.Slot, b.Parent, b.Token, ""
 	}); err != nil {
 		return err
@@ -208,38 +211,14 @@ func (s *Sandboxes) goOn(ctx context.Context, sb *sandbox) error {
 	sb.mu.Lock()
 	slot := sb.before
 	sb.mu.Unlock()
-	rec := sb.snapshot()
-	state, err := s.driver.Inspect(ctx, *rec.VM)
-	if err != nil {
-		return err
-	}
-	if state == vm.StateGone {
-		if err := s.driver.Destroy(ctx, *rec.VM); err != nil { // removes the rest: cgroup, socket
-			return err
-		}
-		if slot != nil {
-			s.net.Release(slot)
-		}
-		if err := sb.update(func(r *record) { r.Before = nil }); err != nil {
-			return err
-		}
-		return s.lost(sb)
-	}
-	if slot == nil { // it was an earlier agent's
-		if slot, err = s.net.Adopt(rec.Slot); err != nil {
-			return err
-		}
-	}
-	s.detach(sb)
-	s.attach(sb, slot, *rec.VM)
-	if err := s.driver.Resume(ctx, *rec.VM); err != nil {
+	if lives, err := s.carryOn(ctx, sb, slot); err != nil || !lives {
 		return err
 	}
 	client, token, _ := sb.guestAndRecord()
 	if err := client.SyncClock(ctx, token); err != nil {
 		return err
 	}
-	return s.transition(sb, func(r *record) {
+	return s.transition(sb, forGood, func(r *record) {
 		r.toRunning()
 		r.Before = nil
 	})

@@ -41,12 +41,14 @@ type sandbox struct {
 type operation struct {
 	id       string
 	progress *progress
-	done     chan struct{}
+	done     chan struct{} // closed when its result is known
 	err      error
+	after    func(ctx context.Context) // what is left to do then
+	over     chan struct{}             // closed when nothing is left, and another may begin
 }
 
 func newOperation(id string) *operation {
-	return &operation{id: id, progress: &progress{}, done: make(chan struct{})}
+	return &operation{id: id, progress: &progress{}, done: make(chan struct{}), over: make(chan struct{})}
 }
 
 // progressOf gives the progress of the operation with this id, if it is under way, and what tells its end.
@@ -66,7 +68,7 @@ func (sb *sandbox) progressOf(opID string) (*progress, <-chan struct{}) {
 const operationTimeout = 3 * time.Minute
 
 // do runs fn as the sandbox's only operation. If the operation with this id is in progress, its result
-// is awaited instead; another one is waited for first. The operation goes on when the caller's context
+// is awaited instead; another one, and what it left for afterwards, is waited for first. The operation goes on when the caller's context
 // ends: a caller that went away cancels nothing half-way.
 func (sb *sandbox) do(ctx context.Context, opID string, fn func(ctx context.Context) error) error {
 	for {
@@ -84,9 +86,13 @@ func (sb *sandbox) do(ctx context.Context, opID string, fn func(ctx context.Cont
 			return op.wait(ctx)
 		}
 		sb.mu.Unlock()
-		err := current.wait(ctx)
-		if current.id == opID || ctx.Err() != nil {
-			return err
+		if current.id == opID {
+			return current.wait(ctx)
+		}
+		select {
+		case <-current.over:
+		case <-ctx.Done():
+			return gaveUp(ctx)
 		}
 	}
 }
@@ -94,12 +100,23 @@ func (sb *sandbox) do(ctx context.Context, opID string, fn func(ctx context.Cont
 func (sb *sandbox) perform(ctx context.Context, op *operation, fn func(ctx context.Context) error) {
 	ctx, cancel := context.WithTimeout(ctx, operationTimeout)
 	defer cancel()
-	err := fn(ctx)
+	op.err = fn(ctx)
+	close(op.done)
+	if op.err == nil && op.after != nil {
+		op.after(ctx)
+	}
 	sb.mu.Lock()
 	sb.op = nil
 	sb.mu.Unlock()
-	op.err = err
-	close(op.done)
+	close(op.over)
+}
+
+// afterwards leaves work of the operation in progress for when its caller has been answered, unless it fails.
+// It is still that operation's: no other begins before.
+func (sb *sandbox) afterwards(fn func(ctx context.Context)) {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	sb.op.after = fn
 }
 
 func (op *operation) wait(ctx context.Context) error {
@@ -107,13 +124,17 @@ func (op *operation) wait(ctx context.Context) error {
 	case <-op.done:
 		return op.err
 	case <-ctx.Done():
-		return wrenn.Wrap(ctx.Err(), wrenn.KindHostUnavailable, "the caller gave up waiting; the operation goes on")
+		return gaveUp(ctx)
 	}
 }
 
-// update changes the record and makes it durable before anyone can see it. A sandbox that is being created
+func gaveUp(ctx context.Context) error {
+	return wrenn.Wrap(ctx.Err(), wrenn.KindHostUnavailable, "the caller gave up waiting; the operation goes on")
+}
+
+// update changes the record and writes it before anyone can see it. A sandbox that is being created
 // is nothing yet: a crash removes it, by its directory that has no record.
-func (sb *sandbox) update(change func(*record)) error {
+func (sb *sandbox) update(keep lasting, change func(*record)) error {
 	sb.mu.Lock()
 	defer sb.mu.Unlock()
 	next := sb.rec
@@ -122,7 +143,7 @@ func (sb *sandbox) update(change func(*record)) error {
 		next.LastActiveAt = last
 	}
 	if next.State != wrenn.SandboxCreating {
-		if err := next.save(sb.dir); err != nil {
+		if err := next.save(sb.dir, keep); err != nil {
 			return fmt.Errorf("save the record of %s: %w", sb.id, err)
 		}
 	}

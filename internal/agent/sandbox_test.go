@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
@@ -85,7 +86,7 @@ func TestRecordSurvivesAndDamageIsSeen(t *testing.T) {
 	}
 	r := newRecord(&agentv1.CreateSandboxRequest{Id: filepath.Base(dir), OperationId: "op", Template: "minimal", Vcpus: 1, MemoryMb: 256})
 	r.VM = &vm.Handle{Version: 1, PID: 7, Driver: "qemu"}
-	if err := r.save(dir); err != nil {
+	if err := r.save(dir, forGood); err != nil {
 		t.Fatal(err)
 	}
 	got, err := loadRecord(dir)
@@ -116,6 +117,45 @@ func TestRecordSurvivesAndDamageIsSeen(t *testing.T) {
 	}
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
 		t.Errorf("leftovers of saving: %v, %v", entries, err)
+	}
+}
+
+// TestRecordOfThisBoot: what need not survive a power cut counts until there is one, and no longer than until
+// something newer was written for good.
+func TestRecordOfThisBoot(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), wrenn.NewID(wrenn.PrefixSandbox))
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	r := newRecord(&agentv1.CreateSandboxRequest{Id: filepath.Base(dir), OperationId: "op", Template: "minimal", Vcpus: 1, MemoryMb: 256})
+	passing := filepath.Join(dir, passingFile)
+	var written []byte
+	steps := []struct {
+		name   string
+		do     func() error
+		reason string // that is read then
+	}{
+		{"for good", func() error { r.Reason = "first"; return r.save(dir, forGood) }, "first"},
+		{"passing", func() error { r.Reason = "second"; return r.save(dir, thisBoot) }, "second"},
+		{"passing again", func() error { r.Reason = "third"; return r.save(dir, thisBoot) }, "third"},
+		{"a power cut", func() (err error) {
+			if written, err = os.ReadFile(passing); err != nil {
+				return err
+			}
+			return os.WriteFile(passing, bytes.Replace(written, []byte(r.BootID), []byte("another boot"), 1), 0o600)
+		}, "first"},
+		{"a power cut that left no content", func() error { return os.WriteFile(passing, make([]byte, len(written)), 0o600) }, "first"},
+		{"no power cut", func() error { return os.WriteFile(passing, written, 0o600) }, "third"},
+		{"for good again", func() error { r.Reason = "fourth"; return r.save(dir, forGood) }, "fourth"},
+	}
+	for _, step := range steps {
+		if err := step.do(); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := loadRecord(dir); err != nil || got.Reason != step.reason {
+			t.Errorf("%s: %+v, %v; want %q", step.name, got, err, step.reason)
+		}
 	}
 }
 

@@ -98,11 +98,11 @@ func (s *Sandboxes) StateRevision() uint64 {
 // Changed receives after state changes that nobody asked for.
 func (s *Sandboxes) Changed() <-chan struct{} { return s.changed }
 
-// transition makes a state change durable and visible: record first, then memory, as one step for List.
-func (s *Sandboxes) transition(sb *sandbox, change func(*record)) error {
+// transition writes a state change and makes it visible: record first, then memory, as one step for List.
+func (s *Sandboxes) transition(sb *sandbox, keep lasting, change func(*record)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	err := sb.update(func(r *record) {
+	err := sb.update(keep, func(r *record) {
 		change(r)
 		r.Revision++
 	})
@@ -226,7 +226,7 @@ func (s *Sandboxes) create(ctx context.Context, sb *sandbox, find findOrigin) (e
 		return fmt.Errorf("make the sandbox's directory: %w", err)
 	}
 	u.Push(func() error { return s.discard(sb.dir) })
-	if err := sb.update(func(r *record) {
+	if err := sb.update(forGood, func(r *record) {
 		r.DiskMB = max(rec.DiskMB, from.diskMB)
 		r.TemplateDigest, r.Cold, r.Parent = from.digest, from.cold, from.parent
 		r.User = cmp.Or(r.User, from.user)
@@ -236,7 +236,7 @@ func (s *Sandboxes) create(ctx context.Context, sb *sandbox, find findOrigin) (e
 	if err := s.begin(ctx, sb, from, &u); err != nil {
 		return err
 	}
-	return s.transition(sb, (*record).toRunning)
+	return s.transition(sb, forGood, (*record).toRunning)
 }
 
 // begin gives a new sandbox its first VM: one that is ready, or a clone that is started now.
@@ -280,7 +280,7 @@ func (s *Sandboxes) Delete(ctx context.Context, id, opID string) error {
 func (s *Sandboxes) delete(ctx context.Context, sb *sandbox, opID string) (err error) {
 	defer func() { err = diskFull(err) }()
 	if sb.snapshot().State != wrenn.SandboxDeleting {
-		if err := s.transition(sb, func(r *record) { r.State, r.OperationID = wrenn.SandboxDeleting, opID }); err != nil {
+		if err := s.transition(sb, forGood, func(r *record) { r.State, r.OperationID = wrenn.SandboxDeleting, opID }); err != nil {
 			return err
 		}
 	}

@@ -321,11 +321,11 @@ func (s *Sandboxes) claim(ctx context.Context, sb *sandbox, v *readyVM) (err err
 		if err != nil {
 			undoing := context.WithoutCancel(ctx)
 			err = errors.Join(err, s.teardown(undoing, sb), s.discard(sb.machine().dir()), s.discard(v.dir),
-				sb.update(func(r *record) { r.VM, r.Slot = nil, -1 }))
+				sb.update(thisBoot, func(r *record) { r.VM, r.Slot = nil, -1 }))
 		}
 	}()
 	handle := v.handle
-	if err := sb.update(func(r *record) { r.VM, r.Slot = &handle, v.slot.Index }); err != nil {
+	if err := sb.update(thisBoot, func(r *record) { r.VM, r.Slot = &handle, v.slot.Index }); err != nil {
 		return err
 	}
 	s.attach(sb, v.slot, handle)
@@ -339,7 +339,7 @@ func (s *Sandboxes) claim(ctx context.Context, sb *sandbox, v *readyVM) (err err
 		return fmt.Errorf("remove the place of a ready machine: %w", err)
 	}
 	handle = handle.Moved(v.dir, sb.dir)
-	if err := sb.update(func(r *record) { r.VM, r.StartedAt = &handle, time.Now().UTC() }); err != nil {
+	if err := sb.update(thisBoot, func(r *record) { r.VM, r.StartedAt = &handle, time.Now().UTC() }); err != nil {
 		return err
 	}
 	if err := s.driver.Resume(ctx, handle); err != nil {

@@ -88,17 +88,17 @@ func (d *Driver) snapshot(ctx context.Context, m *monitor, h vm.Handle, dst vm.S
 			_ = os.Remove(memory)
 		}
 	}()
-	if err := d.writeState(ctx, m, h, state); err != nil {
-		return vm.FileError(err, "the snapshot")
-	}
 	if filepath.Clean(dst.Memory) != filepath.Clean(h.Memory) {
 		memory = filepath.Join(filepath.Dir(dst.Memory), filepath.Base(state.Name())+".memory")
 		if err := storage.CloneFile(ctx, h.Memory, memory); err != nil {
 			return err
 		}
 	}
-	if err := saveMemory(ctx, h, memory, dst.Progress); err != nil {
-		return err
+	saved := make(chan error, 1) // nothing of the VM moves: RAM is read while QEMU writes its devices' state
+	go func() { saved <- saveMemory(ctx, h, memory, dst.Progress) }()
+	err = d.writeState(ctx, m, h, state)
+	if err := errors.Join(err, <-saved); err != nil {
+		return vm.FileError(err, "the snapshot")
 	}
 	if memory != h.Memory {
 		if err := os.Rename(memory, dst.Memory); err != nil {
