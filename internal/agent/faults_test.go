@@ -428,3 +428,55 @@ func TestCrashes(t *testing.T) {
 		t.Errorf("processes left: %v, %v", pids, err)
 	}
 }
+
+// TestPowerCut takes from the disk what a power cut may take: all that was not brought there. The end of the agent
+// takes nothing of it, so both are told apart by the host's boot, which the test makes another one.
+func TestPowerCut(t *testing.T) {
+	cfg := testConfig(t)
+	cfg.WarmVMs = 0
+	s, crash := open(t, cfg)
+	id := create(t, s).Id
+	shell(t, s, id, "echo kept > kept; sync kept")
+	dir := filepath.Join(cfg.Sandboxes, sandboxesDir, id)
+	durable, err := os.ReadFile(filepath.Join(dir, recordFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pauseAndResume(t, s, id)
+	reported, err := s.Pause(t.Context(), &agentv1.PauseSandboxRequest{Id: id, OperationId: newOp()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	crash()
+	m := machine(filepath.Join(dir, machineDir))
+	man, err := m.load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	boot := man.BootID
+	man.Durable, man.BootID = false, "another boot"
+	if err := errors.Join(
+		m.writeManifest(thisBoot, *man),
+		os.WriteFile(filepath.Join(dir, recordFile), []byte(strings.Replace(string(durable), boot, "another boot", 1)), 0o600),
+		os.WriteFile(filepath.Join(dir, passingFile), nil, 0o600),
+	); err != nil {
+		t.Fatal(err)
+	}
+	s, _ = open(t, cfg)
+	got, err := s.Get(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.State != protoState[wrenn.SandboxPaused] || got.HasMemory || got.Reason == "" {
+		t.Errorf("after a power cut: %v", got)
+	}
+	if got.Revision <= reported.Revision {
+		t.Errorf("revision %d after %d: the control plane would take it for old", got.Revision, reported.Revision)
+	}
+	if _, err := s.Resume(t.Context(), id, newOp()); err != nil {
+		t.Fatal(err)
+	}
+	if got := shell(t, s, id, "cat kept"); got != "kept" {
+		t.Errorf("the disk says %q", got)
+	}
+}
