@@ -61,7 +61,7 @@ var variables = []variable{
 	{"AGENT_EGRESS", network.EgressInternet, "internet (public addresses by NAT) or none"},
 	{"AGENT_MAX_SANDBOXES", "200", "most sandboxes that run at a time"},
 	{"AGENT_WARM_SLOTS", "4", "network slots that are made ahead"},
-	{"AGENT_WARM_VMS", "4", "virtual machines that are kept ready, frozen, of each of the two templates used last; 0 keeps none"},
+	{"AGENT_WARM_VMS", "", "virtual machines that are kept ready, frozen, of each of the two templates used last; 0 keeps none; by default one for each 1.5 GB of the host's memory, from 2 to 16"},
 	{"AGENT_INSTANCE", "", "1 to 8 of [a-z0-9], in the names of namespaces and cgroups; by default made from AGENT_SANDBOXES_PATH"},
 	{"AGENT_BASE_UID", "", "first of the uids that VMMs run as; by default made from AGENT_SANDBOXES_PATH"},
 	{"AGENT_HEARTBEAT_SEC", "30", "seconds between heartbeats"},
@@ -115,6 +115,10 @@ func loadConfig(getenv func(string) string) (Config, error) {
 	}
 	// Ranges of 10,000 uids from 1,000,000 up: two agents on one machine do not share uids.
 	defaultUID := 1_000_000 + int(binary.BigEndian.Uint32(sum[4:8])%10_000)*10_000
+	total, _, err := memoryMB()
+	if err != nil {
+		return c, err
+	}
 	numbers := []struct {
 		name     string
 		to       *int
@@ -123,7 +127,7 @@ func loadConfig(getenv func(string) string) (Config, error) {
 	}{
 		{"AGENT_MAX_SANDBOXES", &c.Slots, 1, 4000, 0},
 		{"AGENT_WARM_SLOTS", &c.WarmSlots, 0, 256, 0},
-		{"AGENT_WARM_VMS", &c.WarmVMs, 0, 64, 0},
+		{"AGENT_WARM_VMS", &c.WarmVMs, 0, 64, warmVMsFor(total)},
 		{"AGENT_BASE_UID", &c.BaseUID, 10_000, 2_000_000_000, defaultUID},
 		{"AGENT_HEARTBEAT_SEC", &c.HeartbeatSecs, 1, 60, 0},
 		{"AGENT_PROBE_SEC", &c.ProbeSecs, 1, 600, 0},
@@ -140,6 +144,9 @@ func loadConfig(getenv func(string) string) (Config, error) {
 	}
 	return c, c.validate()
 }
+
+// warmVMsFor is how many VMs a host with so much memory keeps ready: one takes about 55 MB of it.
+func warmVMsFor(memoryMB int64) int { return int(min(max(memoryMB/1536, 2), 16)) }
 
 func (c Config) validate() error {
 	if c.ControlPlane != "" {

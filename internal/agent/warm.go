@@ -54,17 +54,27 @@ type warmPool struct {
 	recent []machine     // latest last
 	shapes map[machine]shape
 	ready  map[machine][]*readyVM
+	making *making // nil while none is
+}
+
+// making is a ready VM to come. The first create that finds none ready waits for it: that is shorter than to
+// begin another one, which would take the CPU from both.
+type making struct {
+	template machine
+	waited   bool          // somebody waits
+	done     chan *readyVM // for who waits; closed if it could not be made
 }
 
 func newWarmPool(size int) *warmPool {
 	return &warmPool{size: size, wake: make(chan struct{}, 1), shapes: map[machine]shape{}, ready: map[machine][]*readyVM{}}
 }
 
-// take gives a ready clone of a template, or nil; more are made when creates leave time for it. What it no longer keeps ready is
-// returned for the caller to end.
-func (p *warmPool) take(sh shape) (v *readyVM, drop []*readyVM) {
+// take gives a ready clone of a template, or one that will be ready soon, which the caller must wait for, or
+// neither; more are made when creates leave time for it. What it no longer keeps ready is returned for the
+// caller to end.
+func (p *warmPool) take(sh shape) (v *readyVM, soon <-chan *readyVM, drop []*readyVM) {
 	if p.size == 0 {
-		return nil, nil
+		return nil, nil, nil
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -75,8 +85,10 @@ func (p *warmPool) take(sh shape) (v *readyVM, drop []*readyVM) {
 	}
 	if all := p.ready[sh.template]; len(all) > 0 {
 		v, p.ready[sh.template] = all[0], all[1:]
+	} else if m := p.making; m != nil && m.template == sh.template && !m.waited {
+		m.waited, soon = true, m.done
 	}
-	return v, drop
+	return v, soon, drop
 }
 
 // begin notes a create; the returned function notes its end, and has replaced what it took.
@@ -139,10 +151,31 @@ func (p *warmPool) next() (shape, bool) {
 	return shape{}, false
 }
 
-// put adds a ready VM, unless it is not wanted any more.
+// start notes that a VM of a template is being made; put or fail follows.
+func (p *warmPool) start(sh shape) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.making = &making{template: sh.template, done: make(chan *readyVM, 1)}
+}
+
+// fail tells who waits for the VM being made that it will not come.
+func (p *warmPool) fail() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	close(p.making.done)
+	p.making = nil
+}
+
+// put gives the VM that was made to who waits for it, or adds it, unless it is not wanted any more.
 func (p *warmPool) put(sh shape, v *readyVM) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	m := p.making
+	p.making = nil
+	if m.waited {
+		m.done <- v
+		return true
+	}
 	if _, wanted := p.shapes[sh.template]; !wanted {
 		return false
 	}
@@ -188,14 +221,16 @@ func (s *Sandboxes) keepWarm(ctx context.Context) {
 			}
 		}
 		s.warm.yield(ctx)
-		v, err := s.makeReady(ctx, sh)
 		if ctx.Err() != nil {
-			if err == nil {
-				s.endReady(v)
-			}
 			return
 		}
+		s.warm.start(sh)
+		v, err := s.makeReady(ctx, sh)
 		if err != nil {
+			s.warm.fail()
+			if ctx.Err() != nil {
+				return
+			}
 			s.log.Warn("no virtual machine is kept ready of a template", "template", filepath.Base(sh.template.dir()), "err", err)
 			for _, v := range s.warm.abandon(sh.template) {
 				s.endReady(v)
@@ -301,9 +336,12 @@ func (s *Sandboxes) takeReady(ctx context.Context, from origin, rec record) *rea
 	}
 	sh := shape{template: from.machine, vcpus: rec.VCPUs, memoryMB: rec.MemoryMB, diskMB: from.diskMB}
 	for {
-		v, drop := s.warm.take(sh)
+		v, soon, drop := s.warm.take(sh)
 		for _, d := range drop {
 			s.endReady(d)
+		}
+		if soon != nil {
+			v = s.awaitVM(ctx, soon)
 		}
 		if v == nil {
 			return nil
@@ -312,6 +350,21 @@ func (s *Sandboxes) takeReady(ctx context.Context, from origin, rec record) *rea
 			return v
 		}
 		s.endReady(v) // it died meanwhile
+	}
+}
+
+// awaitVM waits for a VM that is being made ready; nil if it cannot be, or ctx ends.
+func (s *Sandboxes) awaitVM(ctx context.Context, soon <-chan *readyVM) *readyVM {
+	select {
+	case v := <-soon:
+		return v
+	case <-ctx.Done():
+		s.watchers.Go(func() {
+			if v := <-soon; v != nil {
+				s.endReady(v)
+			}
+		})
+		return nil
 	}
 }
 

@@ -20,9 +20,16 @@ func TestWarmPoolKeepsWhatWasAskedForLast(t *testing.T) {
 	if sh, wanted := p.next(); wanted {
 		t.Errorf("nobody asked for anything, and %v is wanted", sh)
 	}
-	ask := func(name string) (*readyVM, []*readyVM) { return p.take(shape{template: machine(name)}) }
+	ask := func(name string) (*readyVM, []*readyVM) {
+		v, soon, drop := p.take(shape{template: machine(name)})
+		if soon != nil {
+			t.Error("nothing is being made, and is promised")
+		}
+		return v, drop
+	}
 	fill := func() (made []string) {
 		for sh, wanted := p.next(); wanted; sh, wanted = p.next() {
+			p.start(sh)
 			if !p.put(sh, &readyVM{dir: string(sh.template)}) {
 				t.Fatalf("%s is wanted and not taken", sh.template)
 			}
@@ -44,6 +51,7 @@ func TestWarmPoolKeepsWhatWasAskedForLast(t *testing.T) {
 	if len(drop) != 2 || drop[0].dir != "b" {
 		t.Errorf("dropped %v", drop)
 	}
+	p.start(shape{template: "b"})
 	if p.put(shape{template: "b"}, &readyVM{}) {
 		t.Error("what was made for a forgotten template is kept")
 	}
@@ -52,6 +60,35 @@ func TestWarmPoolKeepsWhatWasAskedForLast(t *testing.T) {
 	}
 	if v := p.oldest(); v == nil || v.dir != "a" {
 		t.Errorf("the oldest is %v", v)
+	}
+}
+
+func TestACreateWaitsForTheVMThatIsBeingMade(t *testing.T) {
+	t.Parallel()
+	p := newWarmPool(2)
+	a := shape{template: "a"}
+	p.start(a)
+	_, soon, _ := p.take(a)
+	if _, again, _ := p.take(a); soon == nil || again != nil {
+		t.Error("not exactly one waits for what is being made")
+	}
+	if _, other, _ := p.take(shape{template: "b"}); other != nil {
+		t.Error("a VM of another template is promised")
+	}
+	if !p.put(a, &readyVM{dir: "made"}) {
+		t.Error("what is waited for is not wanted")
+	}
+	if v := <-soon; v == nil || v.dir != "made" {
+		t.Errorf("got %v", v)
+	}
+	p.start(a)
+	_, soon, _ = p.take(a)
+	p.fail()
+	if v := <-soon; v != nil {
+		t.Errorf("got %v of what failed", v)
+	}
+	if v, soon, _ := p.take(a); v != nil || soon != nil {
+		t.Error("what was given away is still there")
 	}
 }
 
