@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
 	"github.com/wrenn-sandbox/wrenn/internal/gen/agentv1"
 	"github.com/wrenn-sandbox/wrenn/internal/undo"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
@@ -114,7 +115,7 @@ func (s *Sandboxes) saveMoment(ctx context.Context, sb *sandbox, dir string, dur
 		return nil, err
 	}
 	mo.dir = dir
-	return mo, errors.Join(syncDir(filepath.Dir(dir)), s.fault(sb, "moment.named"))
+	return mo, errors.Join(storage.Sync(filepath.Dir(dir)), s.fault(sb, "moment.named"))
 }
 
 // cloneRunning takes the moment of a running VM into dst. The VM runs again when it returns, whatever
@@ -127,7 +128,7 @@ func (s *Sandboxes) cloneRunning(ctx context.Context, sb *sandbox, dst machine) 
 	}
 	step(ctx, stepDisk)
 	// What is dirty is written while the VM still runs: a reflink would have to, while it stands still.
-	if err := syncDir(src.disk()); err != nil {
+	if err := storage.Sync(src.disk()); err != nil {
 		return err
 	}
 	going := context.WithoutCancel(ctx)

@@ -201,7 +201,7 @@ func (m machine) wake() error {
 	if err != nil {
 		return err
 	}
-	return syncDir(m.dir())
+	return storage.Sync(m.dir())
 }
 
 // atRest tells whether m is a saved moment with memory.
@@ -249,8 +249,7 @@ func (m machine) markDurable() error {
 
 func (m machine) syncFiles() error {
 	for _, path := range []string{m.disk(), m.memory(), m.state(), m.dir()} {
-		// fsync(2) is the same for files and directories.
-		if err := syncDir(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err := storage.Sync(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmproc"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
@@ -172,7 +173,7 @@ func writeDurably(path string, content []byte) error {
 	if err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(path))
+	return storage.Sync(filepath.Dir(path))
 }
 
 func replace(path string, fill func(*os.File) error) (err error) {
@@ -189,12 +190,4 @@ func replace(path string, fill func(*os.File) error) (err error) {
 		return err
 	}
 	return os.Rename(f.Name(), path)
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

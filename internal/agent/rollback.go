@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/network"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
 	"github.com/wrenn-sandbox/wrenn/internal/gen/agentv1"
 	"github.com/wrenn-sandbox/wrenn/internal/undo"
@@ -144,7 +145,7 @@ func (s *Sandboxes) swap(ctx context.Context, sb *sandbox) error {
 		return err
 	}
 	s.detach(sb)
-	if err := errors.Join(syncDir(sb.dir), sb.update(forGood, func(r *record) { r.VM, r.Slot = nil, -1 })); err != nil {
+	if err := errors.Join(storage.Sync(sb.dir), sb.update(forGood, func(r *record) { r.VM, r.Slot = nil, -1 })); err != nil {
 		return err
 	}
 	return s.fault(sb, "rollback.swapped")
@@ -182,7 +183,7 @@ func (s *Sandboxes) revert(ctx context.Context, sb *sandbox) error {
 		if err := s.discard(sb.machine().dir()); err != nil {
 			return err
 		}
-		if err := errors.Join(os.Rename(sb.old().dir(), sb.machine().dir()), syncDir(sb.dir)); err != nil {
+		if err := errors.Join(os.Rename(sb.old().dir(), sb.machine().dir()), storage.Sync(sb.dir)); err != nil {
 			return err
 		}
 	}

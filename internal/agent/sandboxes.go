@@ -341,7 +341,7 @@ func (s *Sandboxes) discard(dir string) error {
 		}
 		return err
 	}
-	if err := syncDir(filepath.Dir(dir)); err != nil {
+	if err := storage.Sync(filepath.Dir(dir)); err != nil {
 		return err
 	}
 	return os.RemoveAll(trash)

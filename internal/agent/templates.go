@@ -11,6 +11,7 @@ import (
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/guest"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/network"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
 	"github.com/wrenn-sandbox/wrenn/internal/undo"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
@@ -118,7 +119,7 @@ func (s *Sandboxes) makeTemplate(ctx context.Context, m machine, img image, vcpu
 	if err := os.Rename(scratch.dir(), m.dir()); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(m.dir()))
+	return storage.Sync(filepath.Dir(m.dir()))
 }
 
 // settle waits until a guest that just booted is ready to be frozen.

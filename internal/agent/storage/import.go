@@ -60,13 +60,13 @@ func (s *Store) cloneDurably(ctx context.Context, src, dst string) error {
 	if err := s.Clone(ctx, src, tmp); err != nil {
 		return err
 	}
-	if err := syncPath(tmp); err != nil {
+	if err := Sync(tmp); err != nil {
 		return fileError(err, "import", src)
 	}
 	if err := os.Rename(tmp, dst); err != nil {
 		return fileError(err, "import", src)
 	}
-	return fileError(syncPath(filepath.Dir(dst)), "import", src)
+	return fileError(Sync(filepath.Dir(dst)), "import", src)
 }
 
 func (s *Store) needForImport(src string, size int64) error {
@@ -93,7 +93,8 @@ func removeOlder(dir, prefix, keep string) error {
 	return nil
 }
 
-func syncPath(path string) error {
+// Sync brings a file, or a directory's entries, to disk (fsync(2)).
+func Sync(path string) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return err
