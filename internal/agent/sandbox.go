@@ -68,8 +68,8 @@ func (sb *sandbox) progressOf(opID string) (*progress, <-chan struct{}) {
 const operationTimeout = 3 * time.Minute
 
 // do runs fn as the sandbox's only operation. If the operation with this id is in progress, its result
-// is awaited instead; another one, and what it left for afterwards, is waited for first. The operation goes on when the caller's context
-// ends: a caller that went away cancels nothing half-way.
+// is awaited instead; another one, and what it left for afterwards, is waited for first. The operation goes on
+// when the caller's context ends: a caller that went away cancels nothing half-way.
 func (sb *sandbox) do(ctx context.Context, opID string, fn func(ctx context.Context) error) error {
 	for {
 		sb.mu.Lock()

@@ -935,7 +935,7 @@ type Progress struct {
 	Request string `json:"request,omitempty,omitzero"`
 
 	// Step What is being done now: `importing_image` and `booting` when a create is the first of its template and size, `stopping_processes`, `saving_memory`, `saving_disk`, `making_durable`,
-	// `ending_vm`, `starting_vm`, `waiting_for_guest`, `starting_children` (of a fork). There may be others in time, and short ones may be left out.
+	// `starting_vm`, `waiting_for_guest`, `starting_children` (of a fork). There may be others in time, and short ones may be left out.
 	//
 	//
 	// Example: saving_memory
