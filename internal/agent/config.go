@@ -15,6 +15,7 @@ import (
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/network"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/firecracker"
 )
 
 // Config is how an agent runs. Every field is an environment variable; see variables.
@@ -37,6 +38,7 @@ type Config struct {
 	BaseUID       int
 	HeartbeatSecs int
 	Firecracker   string
+	Memory        string
 	AllowUnjailed bool
 	ProbeSecs     int
 	DiskMBPerSec  int
@@ -67,6 +69,7 @@ var variables = []variable{
 	{"AGENT_HEARTBEAT_SEC", "30", "seconds between heartbeats"},
 	{"AGENT_FIRECRACKER_DIR", "/usr/local/bin", "where firecracker and jailer are, of one or several releases; QEMU is used without"},
 	{"AGENT_ALLOW_UNJAILED", "", "1 allows a Firecracker that has no jailer beside it: confined by the agent alone"},
+	{"AGENT_FIRECRACKER_MEMORY", firecracker.MemoryFile, "file or uffd: whether the kernel maps a restored VM's memory, or a page server brings in first what was used the last time (Firecracker)"},
 	{"AGENT_PROBE_SEC", "5", "most seconds of the boot that tells whether KVM runs our kernel"},
 	{"AGENT_DISK_MB_PER_SEC", "0", "most MB a second of each disk of a sandbox, 0 for no limit"},
 	{"AGENT_DISK_OPS_PER_SEC", "0", "most operations a second of each disk of a sandbox, 0 for no limit"},
@@ -90,7 +93,7 @@ func loadConfig(getenv func(string) string) (Config, error) {
 		Kernel: env("AGENT_KERNEL_PATH"), Initrd: env("AGENT_INITRD_PATH"), Images: env("AGENT_IMAGES_PATH"),
 		Sandboxes: env("AGENT_SANDBOXES_PATH"), Snapshots: env("AGENT_SNAPSHOTS_PATH"),
 		Storage: env("AGENT_STORAGE"), Egress: env("AGENT_EGRESS"), Instance: env("AGENT_INSTANCE"),
-		Firecracker: env("AGENT_FIRECRACKER_DIR"), AllowUnjailed: env("AGENT_ALLOW_UNJAILED") == "1",
+		Firecracker: env("AGENT_FIRECRACKER_DIR"), Memory: env("AGENT_FIRECRACKER_MEMORY"), AllowUnjailed: env("AGENT_ALLOW_UNJAILED") == "1",
 	}
 	var err error
 	for _, p := range []*string{&c.TokenFile, &c.Kernel, &c.Images, &c.Sandboxes, &c.Firecracker} {
@@ -159,6 +162,9 @@ func (c Config) validate() error {
 	}
 	if c.Egress != network.EgressNone && c.Egress != network.EgressInternet {
 		return fmt.Errorf("AGENT_EGRESS is %q; it must be internet or none", c.Egress)
+	}
+	if c.Memory != firecracker.MemoryFile && c.Memory != firecracker.MemoryUffd {
+		return fmt.Errorf("AGENT_FIRECRACKER_MEMORY is %q; it must be file or uffd", c.Memory)
 	}
 	switch c.Storage {
 	case storage.ModeAuto, storage.ModeReflink, storage.ModeCopy:

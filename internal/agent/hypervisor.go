@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
@@ -58,10 +59,11 @@ func chooseDriver(ctx context.Context, cfg Config, log *slog.Logger) (vm.Driver,
 		if cfg.AllowUnjailed {
 			log.Warn("AGENT_ALLOW_UNJAILED is set: a Firecracker without its jailer is confined by the agent alone")
 		}
-		drivers = append(drivers, firecracker.New(h.firecracker, firecracker.Options{
-			CacheDir: cfg.cacheDir(), CgroupParent: cgroupParent(cfg), Unjailed: cfg.AllowUnjailed,
-			Disk: cfg.diskLimits(), Log: log,
-		}))
+		driver, err := openFirecracker(cfg, h.firecracker, log)
+		if err != nil {
+			return nil, err
+		}
+		drivers = append(drivers, driver)
 	}
 	if h.qemuErr == nil {
 		drivers = append(drivers, qemu.New(h.qemu, qemu.Options{
@@ -71,6 +73,20 @@ func chooseDriver(ctx context.Context, cfg Config, log *slog.Logger) (vm.Driver,
 	caps := drivers.Capabilities()
 	log.Info("hypervisor chosen", "driver", caps.Driver, "version", caps.Version, "acceleration", caps.Acceleration, "why", why)
 	return drivers, nil
+}
+
+func openFirecracker(cfg Config, verdict firecracker.Verdict, log *slog.Logger) (vm.Driver, error) {
+	if err := firecracker.CheckMemory(cfg.Memory); err != nil {
+		return nil, err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	return firecracker.New(verdict, firecracker.Options{
+		CacheDir: cfg.cacheDir(), CgroupParent: cgroupParent(cfg), Unjailed: cfg.AllowUnjailed,
+		Disk: cfg.diskLimits(), Log: log, Memory: cfg.Memory, PageServer: []string{self},
+	}), nil
 }
 
 // findings are the doctor's rows about hypervisors: the one that is chosen first, and why not the other.

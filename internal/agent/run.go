@@ -16,6 +16,7 @@ import (
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/network"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/uffd"
 	"github.com/wrenn-sandbox/wrenn/internal/version"
 )
 
@@ -27,6 +28,9 @@ type Stdio struct {
 
 // Run is wrenn-agent: args without the program's name, the environment as getenv.
 func Run(ctx context.Context, args []string, getenv func(string) string, stdio Stdio) error {
+	if len(args) > 0 && args[0] == uffd.Command { // started by an agent, perhaps of another version, for a VM
+		return uffd.Main(args[1:])
+	}
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	log := slog.New(slog.NewTextHandler(stdio.Err, &slog.HandlerOptions{Level: logLevel(getenv("LOG_LEVEL"))}))

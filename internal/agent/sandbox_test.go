@@ -239,6 +239,7 @@ func TestConfigSaysWhichVariableIsWrong(t *testing.T) {
 	for name, value := range map[string]string{
 		"AGENT_CP_URL": "cp-host:8000", "AGENT_LISTEN_ADDR": "50051", "AGENT_EGRESS": "some", "AGENT_STORAGE": "tape",
 		"AGENT_VOLUME_SIZE": "big", "AGENT_MAX_SANDBOXES": "0", "AGENT_HEARTBEAT_SEC": "3600",
+		"AGENT_FIRECRACKER_MEMORY": "disk",
 	} {
 		_, err := loadConfig(func(n string) string {
 			if n == name {

@@ -34,7 +34,7 @@ func suiteScript(got results) string {
 				skip = append(skip, pattern)
 			}
 		}
-		fmt.Fprintf(&b, "run %s '%s' '%s'\n", s.name, s.only, strings.Join(skip, "|"))
+		fmt.Fprintf(&b, "%s run %s '%s' '%s'\n", s.env, s.name, s.only, strings.Join(skip, "|"))
 	}
 	return b.String()
 }

@@ -61,6 +61,7 @@ type suite struct {
 	name, pkg string
 	only      string // -test.run
 	skip      string // -test.skip: what needs no VM, measures speed or waits
+	env       string // VARIABLE=value
 }
 
 // suites are all, or those that the arguments name.
@@ -70,10 +71,11 @@ func suites() []suite {
 		conformance = append(conformance, "TestResumeTakesTheVersionThatSaved")
 	}
 	all := []suite{
-		{"conformance", "./internal/agent/vm/firecracker", ".", strings.Join(conformance, "|")},
-		{"processes", "./internal/agent/vm/vmproc", ".", ""}, // with version 2 of cgroups
-		{"agent", "./internal/agent", "TestLifeOfASandbox|TestForkCheckpointAndRollback", ""},
-		{"e2e", "./test/e2e", ".", "TestNeighbourUnderAttack|TestHostOutlivesItsCredentials"},
+		{"conformance", "./internal/agent/vm/firecracker", ".", strings.Join(conformance, "|"), ""},
+		{"processes", "./internal/agent/vm/vmproc", ".", "", ""}, // with version 2 of cgroups
+		{"agent", "./internal/agent", "TestLifeOfASandbox|TestForkCheckpointAndRollback", "", ""},
+		{"e2e", "./test/e2e", ".", "TestNeighbourUnderAttack|TestHostOutlivesItsCredentials", ""},
+		{"e2e-uffd", "./test/e2e", "TestPauseKeepsProcessesAndFiles|TestForkGoesOnFromThisMoment|TestCheckpointsGoBackAndForth", "", "AGENT_FIRECRACKER_MEMORY=uffd"},
 	}
 	if len(os.Args) > 1 {
 		named := slices.DeleteFunc(slices.Clone(all), func(s suite) bool { return !slices.Contains(os.Args[1:], s.name) })

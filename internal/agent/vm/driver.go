@@ -179,6 +179,9 @@ type Handle struct {
 	StartedAt time.Time `json:"started_at"`
 	// VMMVersion is that of the running VMM, where there may be several: what a snapshot of this VM needs.
 	VMMVersion string `json:"vmm_version,omitempty"`
+	// The process that serves the VM's memory, of the same boot, where there is one: neither outlives the other.
+	PagerPID       int    `json:"pager_pid,omitempty"`
+	PagerStartTime uint64 `json:"pager_start_time,omitempty"`
 }
 
 // Moved is the handle of a VM whose files were moved, with all that is below one directory.

@@ -9,7 +9,8 @@
 // Everything that belongs to one process is in a directory of its own, DIR/fc-RANDOM: FIFOs for console, log and
 // metrics, and the place of the jail, which the host sees empty (see vmproc.Jail). Inside the jail every VM has the
 // same paths, so a snapshot fits each. The RAM of a restored VM is a private mapping of its snapshot's memory file;
-// Firecracker writes the pages that changed into the VM's own memory file when it is snapshotted.
+// Firecracker writes the pages that changed into the VM's own memory file when it is snapshotted. With MemoryUffd the
+// same file is served by a page server (package uffd), beneath which the VMM runs: neither outlives the other.
 package firecracker
 
 import (
@@ -38,7 +39,11 @@ type Options struct {
 	// Unjailed starts a Firecracker that has no jailer beside it in the launcher's own jail.
 	Unjailed bool
 	Disk     vm.DiskLimits
-	Log      *slog.Logger
+	// Memory is how the RAM of a restored VM is brought in: MemoryFile, also if empty, or MemoryUffd by PageServer,
+	// a program with its arguments that is a page server if its next argument is uffd.Command.
+	Memory     string
+	PageServer []string
+	Log        *slog.Logger
 }
 
 // Driver runs VMs with Firecracker. It keeps no state of a VM that it could not find again from its Handle.
@@ -154,7 +159,9 @@ func (d *Driver) Destroy(ctx context.Context, h vm.Handle) error {
 		}
 		return wrenn.Wrap(err, wrenn.KindInternal, "cannot end the VM")
 	}
-	err := vmproc.RemoveCgroup(d.opts.CgroupParent, h.Cgroup, h.PID)
+	// The page server has lost its VM, and is gone when its cgroup is empty.
+	err := pager(h).Doom()
+	err = errors.Join(err, vmproc.RemoveCgroup(d.opts.CgroupParent, h.Cgroup, h.PID, h.PagerPID))
 	if h.Socket != "" {
 		err = errors.Join(err, os.RemoveAll(workDir(h)))
 	}

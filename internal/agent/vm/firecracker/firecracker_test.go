@@ -94,7 +94,8 @@ func TestFirecrackerConforms(t *testing.T) {
 
 func (l *fcLab) bounds(t *testing.T, cfg vm.Config) vmproc.Limits {
 	t.Helper()
-	bounds, err := New(l.verdict, l.opts).limits(cfg)
+	d := New(l.verdict, l.opts)
+	bounds, err := (&starting{driver: d, cfg: cfg, binary: d.binaries[0]}).limits()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -26,6 +26,7 @@ const (
 	newStatePath = "/out/state"
 	logPath      = "/log"
 	metricsPath  = "/metrics"
+	pagesPath    = "/pages.sock" // of the page server
 	socketFolder = "/run"
 	socketSuffix = ".sock"
 )
@@ -65,7 +66,7 @@ func (s *starting) binds(ctx context.Context) ([]vmproc.Bind, error) {
 		if s.cfg.Initrd != "" {
 			read(s.cfg.Initrd, initrdPath, "the initramfs")
 		}
-	case s.cfg.SharedMemory:
+	case s.cfg.SharedMemory && !s.paged():
 		binds = append(binds, vmproc.Bind{From: s.cfg.Restore.Memory, To: mappedPath})
 		err = errorsFirst(err, publish(s.cfg.Restore.Memory))
 		fallthrough
@@ -130,7 +131,7 @@ func (s *starting) spec(binds []vmproc.Bind) vmproc.Spec {
 	}
 	spec := vmproc.Spec{
 		Stdout: s.console, Stderr: s.stderr, UID: s.cfg.UID, GID: s.cfg.GID,
-		NetnsPath: s.cfg.Net.NetnsPath, Cgroup: s.cgroup, Jail: jail,
+		NetnsPath: s.cfg.Net.NetnsPath, Cgroup: s.cgroup, Jail: jail, Beneath: s.pager,
 	}
 	if s.binary.Jailer == "" {
 		const program = "/firecracker"

@@ -16,6 +16,7 @@ import (
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/kernel"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/uffd"
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmproc"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
@@ -39,6 +40,8 @@ const (
 	logFile     = "log"
 	metricsFile = "metrics"
 	stateFile   = "state"
+	pagesSocket = "pages.sock"
+	pagerJail   = "pager-jail"
 )
 
 // Start implements vm.Driver.
@@ -54,13 +57,16 @@ func (d *Driver) Start(ctx context.Context, cfg vm.Config) (vm.Handle, error) {
 	s := &starting{driver: d, cfg: cfg, binary: d.binaries[0]}
 	h, err := s.run(ctx)
 	if err != nil {
-		err = vmproc.StartError(ctx, err, s.stderr)
+		err = vmproc.StartError(ctx, err, s.stderr, s.pagerWords)
 		if undoErr := s.undo(); undoErr != nil {
 			d.opts.Log.Error("a failed start left something over", "vm", cfg.ID, "err", undoErr)
 		}
 		return vm.Handle{}, err
 	}
 	go d.reap(s.proc, s.stderr)
+	if s.pager != nil {
+		go d.reap(s.pager, s.pagerWords)
+	}
 	return h, nil
 }
 
@@ -80,6 +86,8 @@ type starting struct {
 	cgroup     *vmproc.Cgroup
 	proc       *vmproc.Process
 	madeMemory bool
+	pager      *vmproc.Process // nil: the VM's memory is a mapped file
+	pagerWords *os.File
 }
 
 func (s *starting) path(name string) string { return filepath.Join(s.dir, name) }
@@ -88,6 +96,12 @@ func (s *starting) run(ctx context.Context) (vm.Handle, error) {
 	binds, err := s.prepare(ctx)
 	if err != nil {
 		return vm.Handle{}, err
+	}
+	if s.paged() {
+		if err := s.startPager(); err != nil {
+			return vm.Handle{}, err
+		}
+		binds = append(binds, vmproc.Bind{From: s.path(pagesSocket), To: pagesPath, Writable: true})
 	}
 	if s.proc, err = vmproc.Launch(s.spec(binds)); err != nil {
 		return vm.Handle{}, err
@@ -106,7 +120,7 @@ func (s *starting) run(ctx context.Context) (vm.Handle, error) {
 
 // prepare makes everything that the VM consists of, and names it for the jail.
 func (s *starting) prepare(ctx context.Context) ([]vmproc.Bind, error) {
-	bounds, err := s.driver.limits(s.cfg)
+	bounds, err := s.limits()
 	if err != nil {
 		return nil, err
 	}
@@ -122,6 +136,8 @@ func (s *starting) prepare(ctx context.Context) ([]vmproc.Bind, error) {
 		}
 	} else if s.kernel, err = kernel.Vmlinux(ctx, s.cfg.Kernel, s.driver.opts.CacheDir); err != nil {
 		return nil, err
+	} else {
+		_ = os.Remove(s.cfg.MemoryFile + touchesSuffix) // of another life
 	}
 	if s.binary.Jailer == "" && !s.driver.opts.Unjailed {
 		return nil, wrenn.Errorf(wrenn.KindInternal, "Firecracker %s has no jailer of the same version beside it; install it, or set AGENT_ALLOW_UNJAILED=1", s.binary.Version)
@@ -168,13 +184,18 @@ func (s *starting) makeDir() error {
 	return err
 }
 
-func (d *Driver) limits(cfg vm.Config) (vmproc.Limits, error) {
-	mb := cfg.MemoryMB + cfg.MemoryMB*overheadPerMille/1000 + overheadMB
-	all := d.opts.Disk.All(len(cfg.Disks))
-	io, err := vmproc.NewIO(cfg.Dir, all.BytesPerSec, all.OpsPerSec)
-	return vmproc.Limits{
-		MemoryBytes: int64(mb) << 20, CPUs: float64(cfg.VCPUs) + extraCPUs, PIDs: cfg.VCPUs + maxThreads, IO: io,
-	}, vm.FileError(err, "the directory")
+func (s *starting) limits() (vmproc.Limits, error) {
+	mb := s.cfg.MemoryMB + s.cfg.MemoryMB*overheadPerMille/1000 + overheadMB
+	l := vmproc.Limits{CPUs: float64(s.cfg.VCPUs) + extraCPUs, PIDs: s.cfg.VCPUs + maxThreads}
+	if s.paged() {
+		mb += uffd.OverheadMB
+		l.PIDs += uffd.Threads
+	}
+	l.MemoryBytes = int64(mb) << 20
+	all := s.driver.opts.Disk.All(len(s.cfg.Disks))
+	var err error
+	l.IO, err = vmproc.NewIO(s.cfg.Dir, all.BytesPerSec, all.OpsPerSec)
+	return l, vm.FileError(err, "the directory")
 }
 
 func grow(disk vm.Disk) error {
@@ -186,12 +207,16 @@ func grow(disk vm.Disk) error {
 }
 
 func (s *starting) handle() vm.Handle {
-	return vm.Handle{
+	h := vm.Handle{
 		Version: 1, Driver: Name, PID: s.proc.PID, StartTime: s.proc.StartTime, BootID: s.proc.BootID,
 		Socket: s.proc.Path(s.socket), Dir: s.cfg.Dir, Memory: s.cfg.MemoryFile, MemoryMB: s.cfg.MemoryMB,
 		VCPUs: s.cfg.VCPUs, Disks: len(s.cfg.Disks), Console: s.cfg.Console, Cgroup: s.cfg.Cgroup,
 		StartedAt: time.Now().UTC(), VMMVersion: s.binary.Version,
 	}
+	if s.pager != nil {
+		h.PagerPID, h.PagerStartTime = s.pager.PID, s.pager.StartTime
+	}
+	return h
 }
 
 // ready waits until Firecracker answers, gives it the configuration or the snapshot, and lets the guest run unless
@@ -235,7 +260,10 @@ func (s *starting) connect(ctx context.Context, h vm.Handle) (*client, error) {
 
 func (s *starting) restore(ctx context.Context, c *client) error {
 	memory := memoryBackend{Type: "File", Path: memoryPath}
-	if s.cfg.SharedMemory {
+	switch {
+	case s.paged():
+		memory = memoryBackend{Type: "Uffd", Path: pagesPath}
+	case s.cfg.SharedMemory:
 		memory.Path = mappedPath
 	}
 	err := c.do(ctx, restore(memory, s.binary.version), nil)
@@ -270,7 +298,7 @@ func (s *starting) undo() error {
 	if s.madeMemory {
 		memory = s.cfg.MemoryFile
 	}
-	errs := []error{vmproc.Undo(s.proc, s.cgroup, memory)}
+	errs := []error{s.doomPager(), vmproc.Undo(s.proc, s.cgroup, memory), s.reapPager()}
 	for _, f := range []*os.File{s.stderr, s.reader, s.console} {
 		if f != nil {
 			_ = f.Close() // may be closed already

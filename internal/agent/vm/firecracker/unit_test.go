@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
@@ -161,5 +162,24 @@ func TestMetricsTellOfTroubleOnly(t *testing.T) {
 	logMetrics(log, []byte(`{"net":{"rx_fails":3}}`))
 	if got := text.String(); strings.Contains(got, "read_count") || strings.Contains(got, "execute_fails") || !strings.Contains(got, "net.rx_fails=3") || !strings.Contains(got, "seccomp.num_faults=2") {
 		t.Error(got)
+	}
+}
+
+func TestOnlyRestoredVMsOfNewReleasesHaveAPageServer(t *testing.T) {
+	t.Parallel()
+	restored := vm.Config{MemoryMB: 1000, VCPUs: 1, Restore: &vm.SnapshotFiles{}}
+	for _, c := range []struct {
+		memory string
+		cfg    vm.Config
+		minor  int
+		want   bool
+	}{
+		{MemoryUffd, restored, 12, true}, {MemoryUffd, restored, 11, false}, {MemoryUffd, vm.Config{}, 12, false},
+		{MemoryFile, restored, 12, false}, {"", restored, 12, false},
+	} {
+		s := &starting{driver: &Driver{opts: Options{Memory: c.memory}}, cfg: c.cfg, binary: Binary{version: version{Major: 1, Minor: c.minor}}}
+		if got := s.paged(); got != c.want {
+			t.Errorf("%q, release 1.%d: %v", c.memory, c.minor, got)
+		}
 	}
 }

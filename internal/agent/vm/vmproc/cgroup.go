@@ -243,7 +243,7 @@ func NewCgroup(parent, name string, l Limits) (*Cgroup, error) {
 
 // RemoveCgroup removes the cgroup of a VM that is gone, and leaves one alone that a later VM of the same name
 // lives in. A handle may name none.
-func RemoveCgroup(parent, name string, pid int) error {
+func RemoveCgroup(parent, name string, own ...int) error {
 	if name == "" {
 		return nil
 	}
@@ -253,7 +253,7 @@ func RemoveCgroup(parent, name string, pid int) error {
 	}
 	c := h.Cgroup(parent, name)
 	pids, err := c.PIDs()
-	if err != nil || slices.ContainsFunc(pids, func(p int) bool { return p != pid }) {
+	if err != nil || slices.ContainsFunc(pids, func(p int) bool { return !slices.Contains(own, p) }) {
 		return err
 	}
 	return c.Remove()

@@ -29,6 +29,9 @@ type Spec struct {
 	NetnsPath string  // network namespace to run in
 	Cgroup    *Cgroup // joined before the program's first instruction; nil for none (probe)
 	Jail      *Jail   // nil: the host's root (tests)
+	// Beneath puts the process into the pid namespace that this one, launched before, is the first of: the kernel
+	// kills it when that one ends, however it ends and whoever is there to see it. nil: a namespace of its own.
+	Beneath *Process
 }
 
 // MaxFiles bounds the descriptors of a VMM: its own files, eventfds and worker threads.
@@ -93,8 +96,14 @@ func onThrowawayThread(fn func() error) error {
 func prepareThread(spec Spec) (*syscall.SysProcAttr, error) {
 	// The first process of a pid namespace: it sees no other process, and none that it might start outlives it.
 	attr := &syscall.SysProcAttr{Setsid: true, Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWIPC}
+	if spec.Beneath != nil {
+		attr.Cloneflags &^= unix.CLONE_NEWPID
+		if err := enterNamespace(fmt.Sprintf("/proc/%d/ns/pid", spec.Beneath.PID), unix.CLONE_NEWPID); err != nil {
+			return nil, err
+		}
+	}
 	if spec.NetnsPath != "" {
-		if err := enterNetns(spec.NetnsPath); err != nil {
+		if err := enterNamespace(spec.NetnsPath, unix.CLONE_NEWNET); err != nil {
 			return nil, err
 		}
 	}
@@ -140,13 +149,14 @@ func dropCapabilities(keep []uintptr) error {
 	return nil
 }
 
-func enterNetns(path string) error {
+// enterNamespace makes a namespace this thread's, or, one of pids, that of what it forks.
+func enterNamespace(path string, kind int) error {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open namespace %s: %w", path, err)
 	}
 	defer unix.Close(fd)
-	if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
+	if err := unix.Setns(fd, kind); err != nil {
 		return fmt.Errorf("enter namespace %s: %w", path, err)
 	}
 	return nil

@@ -136,8 +136,9 @@ func (p *Process) Wait(ctx context.Context) error {
 // killTimeout bounds the wait for a killed process: only a hung device or file system keeps it longer.
 const killTimeout = 10 * time.Second
 
-// Kill ends the process at once and returns when it is gone; one that is gone already is success.
-func (p *Process) Kill(ctx context.Context) error {
+// Doom ends the process at once, but does not wait for it. The first process of a pid namespace is not gone before
+// all that were launched beneath it are reaped, which may take whoever is their parent some time.
+func (p *Process) Doom() error {
 	fd, err := p.open()
 	if err != nil || fd < 0 {
 		return err
@@ -145,6 +146,14 @@ func (p *Process) Kill(ctx context.Context) error {
 	defer unix.Close(fd)
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("kill %d: %w", p.PID, err)
+	}
+	return nil
+}
+
+// Kill ends the process at once and returns when it is gone; one that is gone already is success.
+func (p *Process) Kill(ctx context.Context) error {
+	if err := p.Doom(); err != nil {
+		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, killTimeout)
 	defer cancel()

@@ -404,7 +404,7 @@ func (s *suite) reusedPID(t *testing.T) {
 		x.state(vm.StateGone)
 		x.kind("pause of "+name, x.driver.Pause(x.context(), h), wrenn.KindNotFound)
 		x.ok("wait for "+name, x.driver.Wait(x.context(), h))
-		h.Socket, h.Cgroup = "", "" // what is left of the handle names the pid alone
+		h.Socket, h.Cgroup, h.PagerPID = "", "", 0 // what is left of the handle names the pid alone
 		x.ok("destroy of "+name, x.driver.Destroy(x.context(), h))
 	}
 	r.state(vm.StateRunning)

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -32,6 +33,8 @@ type Env struct {
 	Leftovers func(cfg vm.Config) ([]string, error)
 	// Confinement checks what the host enforces on a running VM; nil if VMs are no processes here.
 	Confinement func(t *testing.T, cfg vm.Config, h vm.Handle)
+	// Only names the checks to be run; nil for all.
+	Only []string
 }
 
 // StretchEnv is a whole number by which the time limits of tests are multiplied, for machines that are emulated
@@ -54,10 +57,7 @@ func patience() time.Duration { return Stretch(60 * time.Second) }
 func Exercise(t *testing.T, env Env) {
 	s := &suite{env: env}
 	s.template(t)
-	checks := []struct {
-		name  string
-		check func(*suite, *testing.T)
-	}{
+	checks := []check{
 		{"lifecycle of a cold start", (*suite).coldStart},
 		{"the guest has what was asked for", (*suite).hardware},
 		{"a restored guest sees its disk grow", (*suite).grow},
@@ -81,12 +81,25 @@ func Exercise(t *testing.T, env Env) {
 		{"the console is kept and bounded", (*suite).console},
 		{"the VM is confined", (*suite).confinement},
 	}
+	for _, name := range env.Only {
+		if !slices.ContainsFunc(checks, func(c check) bool { return c.name == name }) {
+			t.Errorf("there is no check %q", name)
+		}
+	}
 	for _, c := range checks {
+		if env.Only != nil && !slices.Contains(env.Only, c.name) {
+			continue
+		}
 		t.Run(strings.ReplaceAll(c.name, " ", "_"), func(t *testing.T) {
 			t.Parallel()
-			c.check(s, t)
+			c.run(s, t)
 		})
 	}
+}
+
+type check struct {
+	name string
+	run  func(*suite, *testing.T)
 }
 
 type suite struct {

@@ -94,7 +94,7 @@ func (l *Lab) Descriptors(t *testing.T, h vm.Handle, own ...string) {
 	}
 }
 
-// Limited checks that the VM's cgroup holds its VMM and nothing else, and has these limits.
+// Limited checks that the VM's cgroup holds its VMM, its page server and nothing else, and has these limits.
 func (l *Lab) Limited(t *testing.T, cfg vm.Config, h vm.Handle, limits vmproc.Limits) {
 	t.Helper()
 	hierarchy, err := vmproc.FindHierarchy()
@@ -102,9 +102,15 @@ func (l *Lab) Limited(t *testing.T, cfg vm.Config, h vm.Handle, limits vmproc.Li
 		t.Fatal(err)
 	}
 	c := hierarchy.Cgroup(l.CgroupParent, cfg.Cgroup)
+	own := []int{h.PID}
+	if h.PagerPID != 0 {
+		own = append(own, h.PagerPID)
+	}
 	pids, err := c.PIDs()
-	if err != nil || !slices.Equal(pids, []int{h.PID}) {
-		t.Errorf("the cgroup holds %v, %v; want %d", pids, err, h.PID)
+	slices.Sort(own)
+	slices.Sort(pids)
+	if err != nil || !slices.Equal(pids, own) {
+		t.Errorf("the cgroup holds %v, %v; want %v", pids, err, own)
 	}
 	quota := strconv.Itoa(int(limits.CPUs * 100_000))
 	files := map[string]string{"memory.max": strconv.FormatInt(limits.MemoryBytes, 10), "cpu.max": quota + " 100000", "pids.max": strconv.Itoa(limits.PIDs)}
