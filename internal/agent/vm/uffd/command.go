@@ -78,13 +78,13 @@ func open(mode string) (*server, error) {
 	case useTouches:
 		touched := os.NewFile(touchesFD, "touches")
 		defer touched.Close()
-		pages, err := readTouches(touched, uint64(len(s.memory)))
+		blocks, err := readTouches(touched, uint64(len(s.memory)))
 		if err != nil {
 			return nil, err
 		}
-		s.ahead = runs(pages)
+		s.ahead = runs(blocks)
 		for _, r := range s.ahead { // from the disk, before it is waited for
-			_ = unix.Fadvise(memoryFD, int64(r.first*pageSize), int64((r.last-r.first)*pageSize), unix.FADV_WILLNEED) //nolint:gosec // within the file
+			_ = unix.Fadvise(memoryFD, int64(r.first*pageSize), int64((r.end-r.first)*pageSize), unix.FADV_WILLNEED) //nolint:gosec // within the file
 		}
 	}
 	return s, nil

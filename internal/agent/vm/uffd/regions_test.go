@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-const fileSize = 16 * pageSize
+const fileSize = 16 * blockPages * pageSize
 
 func TestRegionsOfAHostileVMMAreRefused(t *testing.T) {
 	t.Parallel()
@@ -24,9 +24,9 @@ func TestRegionsOfAHostileVMMAreRefused(t *testing.T) {
 		"an address within a page":   `[{"base_host_virt_addr":4097,"size":4096,"offset":0}]`,
 		"an offset within a page":    `[{"base_host_virt_addr":4096,"size":4096,"offset":1}]`,
 		"a negative offset":          `[{"base_host_virt_addr":4096,"size":4096,"offset":-4096}]`,
-		"more than the file":         `[{"base_host_virt_addr":4096,"size":69632,"offset":0}]`,
-		"beyond the file":            `[{"base_host_virt_addr":4096,"size":4096,"offset":65536}]`,
-		"beyond the file, going on":  `[{"base_host_virt_addr":4096,"size":8192,"offset":61440}]`,
+		"more than the file":         `[{"base_host_virt_addr":4096,"size":1052672,"offset":0}]`,
+		"beyond the file":            `[{"base_host_virt_addr":4096,"size":4096,"offset":1048576}]`,
+		"beyond the file, going on":  `[{"base_host_virt_addr":4096,"size":8192,"offset":1044480}]`,
 		"an offset that wraps":       `[{"base_host_virt_addr":4096,"size":8192,"offset":18446744073709547520}]`,
 		"an address that wraps":      `[{"base_host_virt_addr":18446744073709547520,"size":8192,"offset":0}]`,
 		"a size that is no number":   `[{"base_host_virt_addr":4096,"size":1e99,"offset":0}]`,
@@ -103,8 +103,8 @@ func TestDamagedTouchesAreNone(t *testing.T) {
 		t.Error("two note their touches in one file")
 	}
 	noted := &touches{file: f, memory: fileSize}
-	for _, page := range []uint64{9, 3, 15, 0, 1} { // the last is one too many
-		noted.add(page)
+	for _, block := range []uint64{9, 3, 15, 0, 1} { // the last is one too many
+		noted.add(block)
 	}
 	if err := noted.save(); err != nil {
 		t.Fatal(err)
@@ -136,20 +136,21 @@ func TestDamagedTouchesAreNone(t *testing.T) {
 	}
 }
 
-func TestRunsHaveEveryPage(t *testing.T) {
+func TestRunsHaveEveryBlock(t *testing.T) {
 	t.Parallel()
+	const blocks = 3000
 	var touched []uint32
-	for page := range uint32(3000) {
-		touched = append(touched, page*7%3000)
+	for block := range uint32(blocks) {
+		touched = append(touched, block*7%blocks)
 	}
-	seen := newBitmap(3000)
+	seen := newBitmap(blocks * blockPages)
 	for _, r := range runs(touched) {
-		if r.last-r.first > runMost {
-			t.Errorf("a run of %d pages", r.last-r.first)
+		if r.end-r.first > runMost {
+			t.Errorf("a run of %d pages", r.end-r.first)
 		}
-		seen.setAll(r.first, r.last)
+		seen.setAll(r.first, r.end)
 	}
-	for page := range uint64(3000) {
+	for page := range uint64(blocks * blockPages) {
 		if !seen.has(page) {
 			t.Fatalf("page %d is missing", page)
 		}

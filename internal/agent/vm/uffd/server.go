@@ -12,7 +12,7 @@ import (
 )
 
 // server serves the memory of one VM. It is one thread, and what it holds is bounded by the size of the memory: a bit
-// and, while touches are noted, a number for each page. Waiting faults are at most one for each thread of the VMM.
+// for each page and, while touches are noted, a number for each block. Waiting faults are at most one for each thread of the VMM.
 type server struct {
 	uffd    userfault
 	client  int // pidfd of the VMM
@@ -26,7 +26,7 @@ type server struct {
 }
 
 // run is a range of pages of the memory file.
-type run struct{ first, last uint64 }
+type run struct{ first, end uint64 }
 
 // serve answers until the VM is gone.
 func (s *server) serve() error {
@@ -127,13 +127,14 @@ func (s *server) page(address uint64) (uint64, bool) {
 	return 0, false
 }
 
-// give gives one page that was asked for.
+// give gives a page that was asked for, with its block.
 func (s *server) give(page uint64) error {
-	if err := s.fill(run{page, page + 1}); err != nil {
+	block := page / blockPages
+	if err := s.fill(run{block * blockPages, (block + 1) * blockPages}); err != nil {
 		return err
 	}
 	if s.touches != nil {
-		s.touches.add(page)
+		s.touches.add(block)
 	}
 	return nil
 }
@@ -155,7 +156,7 @@ func (s *server) bringAhead() error {
 func (s *server) fill(pages run) error {
 	for _, r := range s.regions {
 		start := max(pages.first, r.offset/pageSize)
-		end := min(pages.last, (r.offset+r.size)/pageSize)
+		end := min(pages.end, (r.offset+r.size)/pageSize)
 		for start < end {
 			n, err := s.put(r, run{start, end})
 			if err != nil {
@@ -170,11 +171,11 @@ func (s *server) fill(pages run) error {
 // put puts some of the first pages of a run, which is within a region, and tells how many.
 func (s *server) put(r region, pages run) (uint64, error) {
 	zero := s.zero.has(pages.first)
-	last := pages.first + 1
-	for last < pages.last && s.zero.has(last) == zero {
-		last++
+	end := pages.first + 1
+	for end < pages.end && s.zero.has(end) == zero {
+		end++
 	}
-	from, to := pages.first*pageSize, last*pageSize
+	from, to := pages.first*pageSize, end*pageSize
 	at := r.base + from - r.offset
 	var done int
 	var err error
@@ -192,26 +193,26 @@ func (s *server) put(r region, pages run) (uint64, error) {
 	return uint64(done) / pageSize, nil //nolint:gosec // not negative
 }
 
-// Pages that are brought in unasked come in the order of their touches, but sorted within stretches of it, so that
+// Blocks that are brought in unasked come in the order of their touches, but sorted within stretches of it, so that
 // neighbours come together; a run is short enough for a fault to wait for it.
 const (
-	stretch = 1024
+	stretch = 64
 	runMost = 256
 )
 
-// runs makes runs of a list of pages.
+// runs makes runs of a list of blocks.
 func runs(touched []uint32) []run {
 	var all []run
 	for some := range slices.Chunk(touched, stretch) {
 		some = slices.Clone(some)
 		slices.Sort(some)
-		for _, page := range some {
-			p := uint64(page)
-			if n := len(all) - 1; n >= 0 && all[n].last == p && p-all[n].first < runMost {
-				all[n].last++
+		for _, block := range some {
+			first := uint64(block) * blockPages
+			if n := len(all) - 1; n >= 0 && all[n].end == first && first-all[n].first < runMost {
+				all[n].end += blockPages
 				continue
 			}
-			all = append(all, run{p, p + 1})
+			all = append(all, run{first, first + blockPages})
 		}
 	}
 	return all

@@ -34,6 +34,11 @@ const (
 	pageSize    = 4096
 )
 
+// blockPages are brought in together, as the kernel does with a mapped file that is in its cache (fault_around_bytes).
+const blockPages = 16
+
+func blocksOf(size uint64) uint64 { return (size/pageSize + blockPages - 1) / blockPages }
+
 // addresses is struct uffdio_range.
 type addresses struct{ start, length uint64 }
 
