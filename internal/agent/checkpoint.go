@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/storage"
@@ -38,7 +39,9 @@ func (s *Sandboxes) keepMoment(ctx context.Context, id, opID string, where func(
 		return nil, err
 	}
 	var mo *moment
+	defer s.saving.begin(sb.id, where(sb))()
 	err = sb.do(ctx, opID, func(ctx context.Context) error {
+		defer s.saving.begin(sb.id, where(sb))() // also when nobody waits any more
 		if mo, err = loadMoment(where(sb)); wrenn.KindOf(err) != wrenn.KindNotFound {
 			return err // saved already, or not readable
 		}
@@ -56,6 +59,46 @@ func (s *Sandboxes) keepMoment(ctx context.Context, id, opID string, where func(
 		}
 	}
 	return mo.report()
+}
+
+// saves are the moments that are being saved, or are about to be.
+type saves struct {
+	mu    sync.Mutex
+	count map[saveOf]int
+}
+
+type saveOf struct{ sandboxID, dir string }
+
+// begin notes one; end notes its end.
+func (s *saves) begin(sandboxID, dir string) (end func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.count == nil {
+		s.count = map[saveOf]int{}
+	}
+	of := saveOf{sandboxID, dir}
+	s.count[of]++
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.count[of]--; s.count[of] == 0 {
+			delete(s.count, of)
+		}
+	}
+}
+
+func (s *saves) list() []*agentv1.ListMomentsResponse_Moment {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]*agentv1.ListMomentsResponse_Moment, 0, len(s.count))
+	for of := range s.count {
+		m := &agentv1.ListMomentsResponse_Moment{Checkpoint: &agentv1.Checkpoint{Id: filepath.Base(of.dir)}, Saving: true}
+		if filepath.Base(filepath.Dir(of.dir)) == checkpointsDir {
+			m.SandboxId = of.sandboxID
+		}
+		out = append(out, m)
+	}
+	return out
 }
 
 // saveMoment writes the present moment of a sandbox to dir, whole or not at all, and so that it survives a

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -34,9 +35,20 @@ type faultyOperation struct {
 type victim struct {
 	id         string
 	checkpoint string
+	repeated   string // if set, what the ids of an operation on it end with: it is the same one each time
 }
 
 func newOp() string { return wrenn.NewID(wrenn.PrefixOperation) }
+
+// newID makes the id of an operation on the victim, or of what it makes.
+func (v *victim) newID(prefix string) string {
+	if v.repeated != "" {
+		return prefix + v.repeated
+	}
+	return wrenn.NewID(prefix)
+}
+
+func (v *victim) newOp() string { return v.newID(wrenn.PrefixOperation) }
 
 var launchPoints = []string{"launch.started", "launch.recorded", "launch.woken", "launch.running", "launch.greeted"}
 
@@ -46,55 +58,55 @@ func faultyOperations() []faultyOperation {
 	return []faultyOperation{
 		{name: "pause", points: []string{"pause.begun", "pause.quiet", "pause.frozen", "pause.saved", "pause.ended"}, late: "pause.ended",
 			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
-				_, err := s.Pause(ctx, &agentv1.PauseSandboxRequest{Id: v.id, OperationId: newOp()})
+				_, err := s.Pause(ctx, &agentv1.PauseSandboxRequest{Id: v.id, OperationId: v.newOp()})
 				return err
 			}},
 		{name: "pause of the disk", points: []string{"pause.disk", "pause.ended"}, late: "pause.ended",
 			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
-				_, err := s.Pause(ctx, &agentv1.PauseSandboxRequest{Id: v.id, OperationId: newOp(), DiskOnly: true})
+				_, err := s.Pause(ctx, &agentv1.PauseSandboxRequest{Id: v.id, OperationId: v.newOp(), DiskOnly: true})
 				return err
 			}},
 		{name: "resume", paused: true, points: append([]string{"resume.begun"}, launchPoints...),
 			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
-				_, err := s.Resume(ctx, v.id, newOp())
+				_, err := s.Resume(ctx, v.id, v.newOp())
 				return err
 			}},
 		{name: "checkpoint", points: momentPoints,
 			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
-				_, err := s.Checkpoint(ctx, v.id, newOp(), wrenn.NewID(wrenn.PrefixCheckpoint))
+				_, err := s.Checkpoint(ctx, v.id, v.newOp(), v.newID(wrenn.PrefixCheckpoint))
 				return err
 			}},
 		{name: "snapshot", points: []string{"moment.frozen", "moment.named"},
 			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
-				_, err := s.SaveSnapshot(ctx, v.id, newOp(), wrenn.NewID(wrenn.PrefixSnapshot))
+				_, err := s.SaveSnapshot(ctx, v.id, v.newOp(), v.newID(wrenn.PrefixSnapshot))
 				return err
 			}},
 		{name: "rollback", points: append([]string{"moment.frozen", "rollback.cloned", "rollback.begun", "rollback.frozen", "rollback.between", "rollback.swapped"}, launchPoints...),
 			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
 				_, err := s.Rollback(ctx, &agentv1.RollbackSandboxRequest{
-					Id: v.id, OperationId: newOp(), CheckpointId: v.checkpoint, KeepAs: wrenn.NewID(wrenn.PrefixCheckpoint),
+					Id: v.id, OperationId: v.newOp(), CheckpointId: v.checkpoint, KeepAs: v.newID(wrenn.PrefixCheckpoint),
 				})
 				return err
 			}},
 		{name: "rollback of a paused one", paused: true, points: []string{"rollback.between", "rollback.swapped", "launch.running"},
 			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
-				_, err := s.Rollback(ctx, &agentv1.RollbackSandboxRequest{Id: v.id, OperationId: newOp(), CheckpointId: v.checkpoint})
+				_, err := s.Rollback(ctx, &agentv1.RollbackSandboxRequest{Id: v.id, OperationId: v.newOp(), CheckpointId: v.checkpoint})
 				return err
 			}},
 		{name: "fork", points: []string{"moment.frozen", "moment.named", "fork.saved"},
 			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
-				child := &agentv1.ForkSandboxRequest_Child{Id: wrenn.NewID(wrenn.PrefixSandbox), OperationId: newOp()}
-				results, err := s.Fork(ctx, &agentv1.ForkSandboxRequest{Id: v.id, OperationId: newOp(), Children: []*agentv1.ForkSandboxRequest_Child{child}})
+				child := &agentv1.ForkSandboxRequest_Child{Id: v.newID(wrenn.PrefixSandbox), OperationId: v.newOp()}
+				results, err := s.Fork(ctx, &agentv1.ForkSandboxRequest{Id: v.id, OperationId: v.newOp(), Children: []*agentv1.ForkSandboxRequest_Child{child}})
 				if err != nil {
 					return err
 				}
 				if results[0].Sandbox == nil {
 					return errors.New(results[0].ErrorMessage)
 				}
-				return s.Delete(ctx, child.Id, newOp())
+				return s.Delete(context.WithoutCancel(ctx), child.Id, newOp())
 			}},
 		{name: "delete", points: []string{"delete.begun", "delete.ended"},
-			do: func(ctx context.Context, s *Sandboxes, v *victim) error { return s.Delete(ctx, v.id, newOp()) }},
+			do: func(ctx context.Context, s *Sandboxes, v *victim) error { return s.Delete(ctx, v.id, v.newOp()) }},
 	}
 }
 
@@ -282,13 +294,22 @@ func (l *faultLab) nothingLeft(t *testing.T) {
 func soaking() bool { return os.Getenv("WRENN_SOAK") != "" }
 
 // TestFaults makes every operation fail at every named point: by a full disk, by a disk that does not
-// work, by the end of its VM.
+// work, by the end of its VM. A disk that is slow makes none fail.
 func TestFaults(t *testing.T) {
 	l := newFaultLab(t)
+	bystander := create(t, l.s)
 	t.Run("operations", func(t *testing.T) {
 		places := make(chan struct{}, 3) // VMs at a time
 		for _, op := range faultyOperations() {
 			for i, point := range op.points {
+				if soaking() || i%3 == 0 {
+					t.Run(strings.ReplaceAll(op.name+"/"+point+"/slow disk", " ", "_"), func(t *testing.T) {
+						t.Parallel()
+						places <- struct{}{}
+						defer func() { <-places }()
+						l.trySlowDisk(t, op, point, bystander.Id)
+					})
+				}
 				for kind, fault := range map[string]func(v *victim) error{
 					"ENOSPC": func(*victim) error { return fmt.Errorf("injected: %w", unix.ENOSPC) },
 					"EIO":    func(*victim) error { return fmt.Errorf("injected: %w", unix.EIO) },
@@ -307,7 +328,72 @@ func TestFaults(t *testing.T) {
 			}
 		}
 	})
+	if err := l.s.Delete(t.Context(), bystander.Id, newOp()); err != nil {
+		t.Error(err)
+	}
 	l.nothingLeft(t)
+}
+
+// trySlowDisk holds an operation up at a point for longer than its caller waits. Meanwhile the host serves others,
+// and tells of this one; then the operation is done, once, as if its caller had waited.
+func (l *faultLab) trySlowDisk(t *testing.T, op faultyOperation, point, bystander string) {
+	v := l.victim(t, op)
+	var hits atomic.Int32
+	reached, works := make(chan struct{}), make(chan struct{})
+	l.arm(v.id, func(at string) error {
+		if at == point && hits.Add(1) == 1 {
+			close(reached)
+			<-works
+		}
+		return nil
+	})
+	v.repeated = strings.TrimPrefix(wrenn.NewID("x"), "x")
+	waiting, leave := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- op.do(waiting, l.s, v) }()
+	select {
+	case <-reached:
+	case err := <-done:
+		t.Fatalf("it did not come to the point: %v", err)
+	}
+	leave()
+	if got := shell(t, l.s, bystander, "echo served"); got != "served" {
+		t.Errorf("another sandbox says %q", got)
+	}
+	if _, err := l.s.Get(v.id); err != nil {
+		t.Errorf("the host does not tell of the sandbox: %v", err)
+	}
+	saved := map[string]string{"checkpoint": wrenn.PrefixCheckpoint, "snapshot": wrenn.PrefixSnapshot}[op.name] + v.repeated
+	if being := l.saving(t, saved); being != (saved != v.repeated) {
+		t.Errorf("that it is being saved is told: %v", being)
+	}
+	close(works)
+	err := <-done
+	if op.name != "fork" { // which answers its caller late, but answers
+		if wrenn.KindOf(err) != wrenn.KindHostUnavailable {
+			t.Errorf("its caller, who left, is told: %v", err)
+		}
+		err = op.do(t.Context(), l.s, v) // the same again finds it done, or waits for that
+	}
+	if err != nil || hits.Load() != 1 {
+		t.Errorf("it came to the point %d times and ended with %v", hits.Load(), err)
+	}
+	if l.saving(t, saved) {
+		t.Error("it is still being saved")
+	}
+	l.arm(v.id, nil)
+	v.repeated = ""
+	l.check(t, op, v, op.name == "pause of the disk")
+}
+
+// saving tells whether the host says that a moment is being saved.
+func (l *faultLab) saving(t *testing.T, id string) bool {
+	t.Helper()
+	all, err := l.s.Moments()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.ContainsFunc(all, func(m *agentv1.ListMomentsResponse_Moment) bool { return m.Saving && m.Checkpoint.Id == id })
 }
 
 func (l *faultLab) tryFault(t *testing.T, op faultyOperation, point, kind string, fault func(v *victim) error) {

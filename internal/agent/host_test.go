@@ -214,7 +214,11 @@ func TestForkCheckpointAndRollback(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("fork into %d took %v", len(children), time.Since(began))
-	identities := map[string]bool{shell(t, s, parent.Id, "cat /etc/machine-id; hostname"): true}
+	source, err := s.Get(parent.Id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	identities, tokens := map[string]bool{shell(t, s, parent.Id, "cat /etc/machine-id; hostname"): true}, map[string]bool{source.AccessToken: true}
 	for i, r := range results {
 		if r.Sandbox == nil {
 			t.Fatalf("child %d: %s", i, r.ErrorMessage)
@@ -223,9 +227,10 @@ func TestForkCheckpointAndRollback(t *testing.T) {
 			t.Errorf("child %d: %q", i, got)
 		}
 		identities[shell(t, s, r.Sandbox.Id, "cat /etc/machine-id; hostname")] = true
+		tokens[r.Sandbox.AccessToken] = true
 	}
-	if len(identities) != 3 {
-		t.Errorf("twins: %v", identities)
+	if len(identities) != 3 || len(tokens) != 3 || tokens[""] {
+		t.Errorf("twins: %v, %d tokens", identities, len(tokens))
 	}
 
 	left := wrenn.NewID(wrenn.PrefixCheckpoint)

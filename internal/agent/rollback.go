@@ -37,7 +37,16 @@ func (s *Sandboxes) Rollback(ctx context.Context, req *agentv1.RollbackSandboxRe
 	if !wrenn.ValidID(wrenn.PrefixCheckpoint, req.CheckpointId) || req.KeepAs != "" && !wrenn.ValidID(wrenn.PrefixCheckpoint, req.KeepAs) {
 		return nil, wrenn.Errorf(wrenn.KindInvalidRequest, "the checkpoint has no valid id")
 	}
+	keepAs := filepath.Join(sb.dir, checkpointsDir, req.KeepAs)
+	noteSave := func() func() {
+		if req.KeepAs == "" {
+			return func() {}
+		}
+		return s.saving.begin(sb.id, keepAs)
+	}
+	defer noteSave()()
 	err = sb.do(ctx, req.OperationId, func(ctx context.Context) error {
+		defer noteSave()()
 		if err := s.settleOperation(ctx, sb); err != nil {
 			return err
 		}

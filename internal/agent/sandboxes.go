@@ -50,6 +50,7 @@ type Sandboxes struct {
 	life      context.Context // ends when this agent gives the host up; nothing is watched any more
 	watchers  sync.WaitGroup  // of VMs
 	templates templates
+	saving    saves
 	warm      *warmPool
 
 	mu       sync.Mutex

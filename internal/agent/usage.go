@@ -6,14 +6,15 @@ import (
 	"github.com/wrenn-sandbox/wrenn/internal/gen/agentv1"
 )
 
-// Moments names every saved moment of this host: the checkpoints of its sandboxes, and its snapshots.
+// Moments names every saved moment of this host: the checkpoints of its sandboxes, and its snapshots. Those that
+// are being saved are listed first: one that is saved by the time of the second look is then named twice, not missed.
 func (s *Sandboxes) Moments() ([]*agentv1.ListMomentsResponse_Moment, error) {
 	list, _ := s.List()
 	dirs := map[string]string{"": s.snapshots}
 	for _, sb := range list {
 		dirs[sb.Id] = filepath.Join(s.dir, sandboxesDir, sb.Id, checkpointsDir)
 	}
-	var out []*agentv1.ListMomentsResponse_Moment
+	out := s.saving.list()
 	for id, dir := range dirs {
 		all, err := listMoments(dir)
 		if err != nil {

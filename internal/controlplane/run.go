@@ -102,7 +102,7 @@ func (p *plane) wire(ctx context.Context, cfg Config) error {
 	}
 	p.pool = agents.NewPool(ca, time.Now)
 	p.fleet = fleet.New(fleet.Deps{
-		Store: p.store, Redis: p.redis, Agents: p.pool, CA: ca, Tokens: tokens, Policy: cfg.Policy, Times: cfg.Times, Log: p.log,
+		Store: p.store, Redis: p.redis, Agents: p.pool, CA: ca, Tokens: tokens, Policy: cfg.Policy, Times: cfg.Times, Log: p.log, Faults: faults(),
 	})
 	streams, end := context.WithCancel(context.WithoutCancel(ctx))
 	p.endStreams = end

@@ -134,14 +134,20 @@ func TestTwoSandboxesAreNotTwins(t *testing.T) {
 			t.Errorf("%s: %q and %q", what, x, y)
 		}
 	}
+	checkClock(ctx, t, "a create", b)
+}
+
+// checkClock sees that a guest's clock is within 50 ms of the host's.
+func checkClock(ctx context.Context, t *testing.T, way string, sb *wrenn.Sandbox) {
+	t.Helper()
 	var clock int64
 	before := time.Now()
-	if _, err := fmt.Sscan(shell(ctx, t, b, "date +%s%3N"), &clock); err != nil {
+	if _, err := fmt.Sscan(shell(ctx, t, sb, "date +%s%3N"), &clock); err != nil {
 		t.Fatal(err)
 	}
 	tolerance := vmtest.Stretch(50 * time.Millisecond)
 	if at := time.UnixMilli(clock); at.Before(before.Add(-tolerance)) || at.After(time.Now().Add(tolerance)) {
-		t.Errorf("the guest says %v; it was asked at %v and answered at %v", at, before, time.Now())
+		t.Errorf("%s: the guest says %v; it was asked at %v and answered at %v", way, at, before, time.Now())
 	}
 }
 

@@ -2,7 +2,9 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -261,5 +263,55 @@ func TestProgressOfSlowOperations(t *testing.T) {
 	}
 	if p := taken(api.ProgressOperationFork)["starting_children"]; p.Total != 5 || p.Unit != api.ProgressUnitSandboxes {
 		t.Errorf("of a fork into 5: %+v", p)
+	}
+}
+
+// Whichever way a machine came to run, what it draws by chance is its own and its clock is right.
+func TestClonesAreNobodysTwins(t *testing.T) {
+	t.Parallel()
+	ctx, s := start(t)
+	const draw = `head -c 16 /dev/urandom | od -An -tx1; uuidgen 2>/dev/null || cat /proc/sys/kernel/random/uuid; python3 -c 'import random; print(random.getrandbits(64))'`
+	seen := map[string]string{} // what was drawn, by whom
+	look := func(way string, sb *wrenn.Sandbox) {
+		t.Helper()
+		for _, drawn := range strings.Split(shell(ctx, t, sb, draw), "\n") {
+			if before, twice := seen[drawn]; twice || len(drawn) < 8 {
+				t.Errorf("%s draws %q, as %s", way, drawn, before)
+			}
+			seen[drawn] = way
+		}
+		checkClock(ctx, t, way, sb)
+	}
+	a := sandbox(ctx, t, s, wrenn.SandboxOptions{Template: "base", MemoryMB: 256})
+	look("a create", a)
+	look("another create", sandbox(ctx, t, s, wrenn.SandboxOptions{Template: "base", MemoryMB: 256}))
+	point, err := a.Checkpoint(ctx, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	look("after a checkpoint", a)
+	children, err := a.Fork(ctx, api.ForkRequest{Count: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range children {
+		if c.Err != nil {
+			t.Fatal(c.Err)
+		}
+		t.Cleanup(func() { _, _ = c.Sandbox.Delete(context.WithoutCancel(ctx)) })
+		look("a fork", c.Sandbox)
+	}
+	look("from a checkpoint", sandbox(ctx, t, s, wrenn.SandboxOptions{From: point.ID}))
+	for range 2 {
+		if _, err := a.Rollback(ctx, point.ID, true); err != nil {
+			t.Fatal(err)
+		}
+		look("after a rollback", a)
+	}
+	for _, memory := range []bool{true, false} {
+		if err := errors.Join(a.Pause(ctx, memory), a.Resume(ctx)); err != nil {
+			t.Fatal(err)
+		}
+		look("after a resume", a)
 	}
 }

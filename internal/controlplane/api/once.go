@@ -18,7 +18,7 @@ import (
 )
 
 const (
-	onceLease = 30 * time.Second // after which an attempt that stopped renewing it is dead
+	onceLease = 10 * time.Second // after which an attempt that stopped renewing it is dead
 	onceWait  = 2 * time.Minute  // how long a repetition waits for the first attempt
 	onceKeep  = 1 << 20          // the largest answer that is kept
 

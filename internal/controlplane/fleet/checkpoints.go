@@ -41,6 +41,7 @@ func (f *Fleet) Checkpoint(ctx context.Context, by Actor, teamID string, spec Ch
 	if err != nil {
 		return db.Checkpoint{}, err
 	}
+	defer f.keepCheckpoint(ctx, spec.ID)()
 	var saved *agentv1.Checkpoint
 	req := &agentv1.CheckpointSandboxRequest{Id: spec.SandboxID, OperationId: wrenn.NewID(wrenn.PrefixOperation), CheckpointId: spec.ID}
 	err = f.askShowing(ctx, slow{teamID, hostID, spec.SandboxID, "checkpoint", req.OperationId}, func(ctx context.Context, t agents.Target) error {
@@ -57,6 +58,7 @@ func (f *Fleet) Checkpoint(ctx context.Context, by Actor, teamID string, spec Ch
 	if err := f.finishCheckpoint(ctx, spec.SandboxID, saved); err != nil {
 		return db.Checkpoint{}, err
 	}
+	f.fault("checkpoint", pointWritten)
 	row, err := f.store.Team(teamID).GetCheckpoint(ctx, spec.ID)
 	return row.Checkpoint, err
 }
@@ -94,7 +96,7 @@ func (f *Fleet) beginCheckpoint(ctx context.Context, by Actor, teamID string, sp
 
 func (f *Fleet) insertCheckpoint(ctx context.Context, tx store.Tx, by Actor, teamID string, spec CheckpointSpec) error {
 	ok, err := tx.Team(teamID).InsertCheckpoint(ctx, db.InsertCheckpointParams{
-		ID: spec.ID, SandboxID: spec.SandboxID, Name: spec.Name, Lease: f.momentLease(), CreatedBy: by.ID, Most: maxCheckpoints,
+		ID: spec.ID, SandboxID: spec.SandboxID, Name: spec.Name, Lease: f.times.Lease, CreatedBy: by.ID, Most: maxCheckpoints,
 	})
 	if err != nil {
 		return err
@@ -108,9 +110,12 @@ func (f *Fleet) insertCheckpoint(ctx context.Context, tx store.Tx, by Actor, tea
 	return event(ctx, tx, "checkpoint.saving", &teamID, spec.SandboxID, map[string]any{"checkpoint_id": spec.ID})
 }
 
-// momentLease outlasts the operation it is for, also on the host, which goes on when nobody listens: it is not
-// renewed.
-func (f *Fleet) momentLease() time.Duration { return 2*f.times.CreateLimit + f.times.Lease }
+// keepCheckpoint renews the lease of a checkpoint that is being saved until stop is called.
+func (f *Fleet) keepCheckpoint(ctx context.Context, id string) (stop func()) {
+	return f.keepRenewing(ctx, func(ctx context.Context) error {
+		return f.store.PutOffCheckpoint(ctx, db.PutOffCheckpointParams{ID: id, Delay: f.times.Lease})
+	})
+}
 
 // finishCheckpoint writes what a host saved.
 func (f *Fleet) finishCheckpoint(ctx context.Context, sandboxID string, c *agentv1.Checkpoint) error {
@@ -200,7 +205,7 @@ func (f *Fleet) DeleteCheckpoint(ctx context.Context, by Actor, teamID, sandboxI
 		if !sb.HostOnline {
 			return hostAway(sb.Sandbox.HostID)
 		}
-		_, err := tx.Team(teamID).BeginDeleteCheckpoint(ctx, db.BeginDeleteCheckpointParams{SandboxID: sandboxID, ID: id, Lease: f.momentLease()})
+		_, err := tx.Team(teamID).BeginDeleteCheckpoint(ctx, db.BeginDeleteCheckpointParams{SandboxID: sandboxID, ID: id, Lease: f.times.Lease})
 		if store.IsNotFound(err) {
 			return notFound("checkpoint")
 		}
@@ -224,13 +229,15 @@ func (f *Fleet) DeleteCheckpoint(ctx context.Context, by Actor, teamID, sandboxI
 // removeCheckpoint has the host remove a checkpoint and ends its row, if that is `deleting`.
 func (f *Fleet) removeCheckpoint(ctx context.Context, hostID, sandboxID, id string, retryFor time.Duration) error {
 	req := &agentv1.DeleteCheckpointRequest{Id: sandboxID, OperationId: wrenn.NewID(wrenn.PrefixOperation), CheckpointId: id}
-	err := f.ask(ctx, hostID, retryFor, func(ctx context.Context, t agents.Target) error {
+	f.fault("delete_checkpoint", pointBegun)
+	err := f.ask(f.faultWhenSent(ctx, "delete_checkpoint"), hostID, retryFor, func(ctx context.Context, t agents.Target) error {
 		_, err := f.agents.Service(t).DeleteCheckpoint(ctx, connect.NewRequest(req))
 		return err
 	})
 	if err != nil {
 		return err
 	}
+	f.fault("delete_checkpoint", pointAsked)
 	return f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
 		row, err := tx.FinishDeleteCheckpoint(ctx, id)
 		if err != nil {
@@ -275,6 +282,9 @@ func (f *Fleet) Rollback(ctx context.Context, by Actor, teamID string, spec Roll
 			}
 			return f.insertCheckpoint(ctx, tx, by, teamID, CheckpointSpec{ID: spec.KeepAs, SandboxID: spec.SandboxID})
 		}
+	}
+	if spec.KeepAs != "" {
+		defer f.keepCheckpoint(context.WithoutCancel(ctx), spec.KeepAs)()
 	}
 	err = f.change(ctx, c, func(ctx context.Context, t agents.Target, op string) (*agentv1.Sandbox, error) {
 		res, err := f.agents.Service(t).RollbackSandbox(ctx, connect.NewRequest(&agentv1.RollbackSandboxRequest{

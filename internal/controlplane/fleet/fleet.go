@@ -8,6 +8,7 @@ import (
 	"context"
 	"encoding/json"
 	"log/slog"
+	"net/http/httptrace"
 	"sync"
 	"time"
 
@@ -52,7 +53,7 @@ func DefaultTimes() Times {
 	return Times{
 		HostSilence: 90 * time.Second, MonitorEvery: 5 * time.Second,
 		ReconcileEvery: 2 * time.Second, ReconcileAge: 5 * time.Minute,
-		Lease: 30 * time.Second, CreateLimit: 2 * time.Minute, DeleteLimit: time.Minute,
+		Lease: 10 * time.Second, CreateLimit: 2 * time.Minute, DeleteLimit: time.Minute,
 		RetryFor: 20 * time.Second, GiveUpAfter: 5 * time.Minute, HostCredentials: 365 * 24 * time.Hour,
 	}
 }
@@ -67,6 +68,7 @@ type Deps struct {
 	Policy Policy
 	Times  Times
 	Log    *slog.Logger
+	Faults func(point string) // if not nil, is called at named points of operations; tests end the process there
 }
 
 // Fleet is the service. Its methods are safe for concurrent use, also by several replicas on one database.
@@ -82,14 +84,40 @@ type Fleet struct {
 	work   sync.WaitGroup
 	wakes  sync.Map // sandbox id → *wake, those under way
 	stats  *Stats
+	faults func(point string)
 }
 
 // New makes a Fleet.
 func New(d Deps) *Fleet {
 	return &Fleet{
 		store: d.Store, redis: d.Redis, agents: d.Agents, ca: d.CA, tokens: d.Tokens,
-		policy: d.Policy, times: d.Times, log: d.Log, stats: &Stats{},
+		policy: d.Policy, times: d.Times, log: d.Log, stats: &Stats{}, faults: d.Faults,
 	}
+}
+
+// The points of an operation at which a test may end the process: its row is written, the host has been sent the
+// request, it has answered, what it answered is written with its event.
+const (
+	pointBegun   = ".begun"
+	pointSent    = ".sent"
+	pointAsked   = ".asked"
+	pointWritten = ".written"
+)
+
+func (f *Fleet) fault(operation, point string) {
+	if f.faults != nil {
+		f.faults(operation + point)
+	}
+}
+
+// faultWhenSent has the point of requests of an operation that were just sent.
+func (f *Fleet) faultWhenSent(ctx context.Context, operation string) context.Context {
+	if f.faults == nil {
+		return ctx
+	}
+	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		WroteRequest: func(httptrace.WroteRequestInfo) { f.fault(operation, pointSent) },
+	})
 }
 
 // Run runs the loops until ctx ends.

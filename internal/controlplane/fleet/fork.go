@@ -190,6 +190,7 @@ func (f *Fleet) finishForks(ctx context.Context, sourceID string, rows []db.Sand
 			if err := f.writeCreated(ctx, row, results[i].GetSandbox()); err != nil {
 				failed[row.ID] = err
 			}
+			f.fault("fork", pointWritten)
 		}
 	}
 	return failed

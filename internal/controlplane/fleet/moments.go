@@ -36,11 +36,24 @@ const (
 	MomentAdopt  MomentAction = "adopt"  // it has one of a sandbox of ours that has no row
 )
 
-// JudgeMoment says what to do about a saved moment, "" for nothing: row is nil if there is none, has tells
-// whether the host has it. It is a pure function. A snapshot without a row is left alone: it may be a
+// Presence is what a host has of a moment.
+type Presence int
+
+// A host has nothing of it, is at saving it, or has it.
+const (
+	Absent Presence = iota
+	Saving
+	Present
+)
+
+// JudgeMoment says what to do about a saved moment, "" for nothing: row is nil if there is none. What is being
+// saved is judged when that has ended. It is a pure function. A snapshot without a row is left alone: it may be a
 // fork's, or of a database that was restored.
-func JudgeMoment(row *MomentRow, has, checkpoint bool) MomentAction {
+func JudgeMoment(row *MomentRow, presence Presence, checkpoint bool) MomentAction {
+	has := presence == Present
 	switch {
+	case presence == Saving:
+		return ""
 	case row == nil:
 		if has && checkpoint {
 			return MomentAdopt
@@ -117,7 +130,11 @@ func (f *Fleet) compareMomentsOf(ctx context.Context, hostID string) error {
 	for _, m := range moments {
 		id := m.GetCheckpoint().GetId()
 		seen[id] = true
-		if err := f.actOnMoment(ctx, hostID, JudgeMoment(rows[id], true, m.GetSandboxId() != ""), rows[id], m); err != nil {
+		presence := Present
+		if m.GetSaving() {
+			presence = Saving
+		}
+		if err := f.actOnMoment(ctx, hostID, JudgeMoment(rows[id], presence, m.GetSandboxId() != ""), rows[id], m); err != nil {
 			return err
 		}
 	}
@@ -125,7 +142,7 @@ func (f *Fleet) compareMomentsOf(ctx context.Context, hostID string) error {
 		if seen[id] {
 			continue
 		}
-		if err := f.actOnMoment(ctx, hostID, JudgeMoment(row, false, row.SandboxID != ""), row, nil); err != nil {
+		if err := f.actOnMoment(ctx, hostID, JudgeMoment(row, Absent, row.SandboxID != ""), row, nil); err != nil {
 			return err
 		}
 	}

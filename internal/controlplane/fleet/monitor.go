@@ -100,5 +100,6 @@ func (f *Fleet) relayOnce(ctx context.Context) (int, error) {
 			return 0, err
 		}
 	}
+	f.fault("events", ".published")
 	return len(events), f.store.MarkPublished(ctx, ids)
 }

@@ -3,6 +3,7 @@ package fleet
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"time"
 
 	"connectrpc.com/connect"
@@ -40,7 +41,9 @@ func (f *Fleet) finishCreate(ctx context.Context, row db.Sandbox) error {
 	if err != nil {
 		return f.failCreate(context.WithoutCancel(ctx), row, err)
 	}
-	return f.writeCreated(ctx, row, made)
+	err = f.writeCreated(ctx, row, made)
+	f.fault("create", pointWritten)
+	return err
 }
 
 // writeCreated writes that a host has made the sandbox of a row in `creating`.
@@ -117,11 +120,13 @@ func (f *Fleet) cleanUp(ctx context.Context, row db.Sandbox, retryFor time.Durat
 func (f *Fleet) finishDelete(ctx context.Context, row db.Sandbox, retryFor time.Duration) error {
 	stop := f.keepLease(ctx, row)
 	defer stop()
-	if err := f.remove(ctx, row, retryFor); err != nil {
+	f.fault("delete", pointBegun)
+	if err := f.remove(f.faultWhenSent(ctx, "delete"), row, retryFor); err != nil {
 		return err
 	}
+	f.fault("delete", pointAsked)
 	f.stats.Deleted.Add(1)
-	return f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
+	err := f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
 		if _, err := tx.FinishDelete(ctx, row.ID); err != nil {
 			return ignoreNotFound(err)
 		}
@@ -130,6 +135,8 @@ func (f *Fleet) finishDelete(ctx context.Context, row db.Sandbox, retryFor time.
 		}
 		return event(ctx, tx, "sandbox.deleted", &row.TeamID, row.ID, nil)
 	})
+	f.fault("delete", pointWritten)
+	return err
 }
 
 func (f *Fleet) remove(ctx context.Context, row db.Sandbox, retryFor time.Duration) error {
@@ -185,6 +192,17 @@ func (f *Fleet) persist(ctx context.Context, fn func(context.Context, store.Tx) 
 
 // keepLease renews the leases of rows until stop is called.
 func (f *Fleet) keepLease(ctx context.Context, rows ...db.Sandbox) (stop func()) {
+	return f.keepRenewing(ctx, func(ctx context.Context) (err error) {
+		for _, row := range rows {
+			_, one := f.store.ExtendWork(ctx, db.ExtendWorkParams{ID: row.ID, OperationID: row.OperationID, Lease: f.times.Lease})
+			err = errors.Join(err, one)
+		}
+		return err
+	})
+}
+
+// keepRenewing renews leases three times in their life until stop is called.
+func (f *Fleet) keepRenewing(ctx context.Context, renew func(context.Context) error) (stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
 	go func() {
@@ -197,11 +215,8 @@ func (f *Fleet) keepLease(ctx context.Context, rows ...db.Sandbox) (stop func())
 				return
 			case <-tick.C:
 			}
-			for _, row := range rows {
-				_, err := f.store.ExtendWork(ctx, db.ExtendWorkParams{ID: row.ID, OperationID: row.OperationID, Lease: f.times.Lease})
-				if err != nil && ctx.Err() == nil {
-					f.log.Warn("renew a lease", "sandbox_id", row.ID, "error", err)
-				}
+			if err := renew(ctx); err != nil && ctx.Err() == nil {
+				f.log.Warn("renew a lease", "error", err)
 			}
 		}
 	}()

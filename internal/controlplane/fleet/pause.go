@@ -92,6 +92,7 @@ func (f *Fleet) change(ctx context.Context, c change, do ask) error {
 	})
 	if err == nil {
 		err = f.writeChange(ctx, row, now)
+		f.fault(o.name, pointWritten)
 		stop()
 		return err
 	}

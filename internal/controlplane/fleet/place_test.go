@@ -156,25 +156,28 @@ func TestJudgeMoment(t *testing.T) {
 	t.Parallel()
 	for name, tc := range map[string]struct {
 		row        *MomentRow
-		has        bool
+		has        Presence
 		checkpoint bool
 		want       MomentAction
 	}{
-		"unknown checkpoint":            {nil, true, true, MomentAdopt},
-		"unknown snapshot":              {nil, true, false, ""},
-		"deleted and gone":              {&MomentRow{Deleted: true, Status: momentDeleting}, false, true, ""},
-		"deleted and still there":       {&MomentRow{Deleted: true, Status: momentDeleting}, true, true, MomentRemove},
-		"being saved":                   {&MomentRow{Status: momentSaving}, false, true, ""},
-		"saved, nobody heard":           {&MomentRow{Status: momentSaving, Due: true}, true, true, MomentFinish},
-		"never saved":                   {&MomentRow{Status: momentSaving, Due: true}, false, true, MomentDrop},
-		"being deleted":                 {&MomentRow{Status: momentDeleting}, true, true, ""},
-		"delete was cut off":            {&MomentRow{Status: momentDeleting, Due: true}, true, true, MomentRemove},
-		"delete was cut off at its end": {&MomentRow{Status: momentDeleting, Due: true}, false, true, MomentRemove},
-		"deleted while it is in use":    {&MomentRow{Status: momentDeleting, Due: true, InUse: true}, true, false, ""},
-		"there":                         {&MomentRow{Status: momentReady}, true, true, ""},
-		"lost":                          {&MomentRow{Status: momentReady}, false, true, MomentLost},
-		"lost, as was known":            {&MomentRow{Status: momentReady, Missing: true}, false, true, ""},
-		"found again":                   {&MomentRow{Status: momentReady, Missing: true}, true, true, MomentFound},
+		"unknown checkpoint":                   {nil, Present, true, MomentAdopt},
+		"unknown snapshot":                     {nil, Present, false, ""},
+		"deleted and gone":                     {&MomentRow{Deleted: true, Status: momentDeleting}, Absent, true, ""},
+		"deleted and still there":              {&MomentRow{Deleted: true, Status: momentDeleting}, Present, true, MomentRemove},
+		"still being saved":                    {&MomentRow{Status: momentSaving, Due: true}, Saving, true, ""},
+		"not wanted any more, but being saved": {&MomentRow{Deleted: true, Status: momentSaving}, Saving, true, ""},
+		"nobody's, being saved":                {nil, Saving, true, ""},
+		"being saved":                          {&MomentRow{Status: momentSaving}, Absent, true, ""},
+		"saved, nobody heard":                  {&MomentRow{Status: momentSaving, Due: true}, Present, true, MomentFinish},
+		"never saved":                          {&MomentRow{Status: momentSaving, Due: true}, Absent, true, MomentDrop},
+		"being deleted":                        {&MomentRow{Status: momentDeleting}, Present, true, ""},
+		"delete was cut off":                   {&MomentRow{Status: momentDeleting, Due: true}, Present, true, MomentRemove},
+		"delete was cut off at its end":        {&MomentRow{Status: momentDeleting, Due: true}, Absent, true, MomentRemove},
+		"deleted while it is in use":           {&MomentRow{Status: momentDeleting, Due: true, InUse: true}, Present, false, ""},
+		"there":                                {&MomentRow{Status: momentReady}, Present, true, ""},
+		"lost":                                 {&MomentRow{Status: momentReady}, Absent, true, MomentLost},
+		"lost, as was known":                   {&MomentRow{Status: momentReady, Missing: true}, Absent, true, ""},
+		"found again":                          {&MomentRow{Status: momentReady, Missing: true}, Present, true, MomentFound},
 	} {
 		if got := JudgeMoment(tc.row, tc.has, tc.checkpoint); got != tc.want {
 			t.Errorf("%s: %q, want %q", name, got, tc.want)

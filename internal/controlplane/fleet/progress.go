@@ -50,7 +50,12 @@ func (f *Fleet) askShowing(ctx context.Context, o slow, call func(context.Contex
 		stop()
 		<-done
 	}()
-	return f.ask(ctx, o.hostID, f.times.RetryFor, call)
+	f.fault(o.name, pointBegun)
+	err := f.ask(f.faultWhenSent(ctx, o.name), o.hostID, f.times.RetryFor, call)
+	if err == nil {
+		f.fault(o.name, pointAsked)
+	}
+	return err
 }
 
 // tellProgress publishes where an operation is until ctx ends.

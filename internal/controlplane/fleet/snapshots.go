@@ -38,6 +38,9 @@ func (f *Fleet) SaveSnapshot(ctx context.Context, by Actor, teamID string, spec 
 	if err != nil {
 		return db.Snapshot{}, err
 	}
+	defer f.keepRenewing(ctx, func(ctx context.Context) error {
+		return f.store.PutOffSnapshot(ctx, db.PutOffSnapshotParams{ID: spec.ID, Delay: f.times.Lease})
+	})()
 	var saved *agentv1.Checkpoint
 	req := &agentv1.SaveSnapshotRequest{Id: spec.SandboxID, OperationId: wrenn.NewID(wrenn.PrefixOperation), SnapshotId: spec.ID}
 	err = f.askShowing(ctx, slow{teamID, hostID, spec.SandboxID, "snapshot", req.OperationId}, func(ctx context.Context, t agents.Target) error {
@@ -55,6 +58,7 @@ func (f *Fleet) SaveSnapshot(ctx context.Context, by Actor, teamID string, spec 
 		f.retire(ctx, hostID, spec.ID, err)
 		return db.Snapshot{}, err
 	}
+	f.fault("snapshot", pointWritten)
 	return f.store.Team(teamID).GetSnapshot(ctx, spec.ID)
 }
 
@@ -93,7 +97,7 @@ func (f *Fleet) beginSnapshot(ctx context.Context, by Actor, teamID string, spec
 		}
 		if err := team.InsertSnapshot(ctx, db.InsertSnapshotParams{
 			ID: spec.ID, Name: spec.Name, HostID: s.HostID, SandboxID: s.ID, Template: s.Template, DefaultUser: s.DefaultUser,
-			VCPUs: s.VCPUs, MemoryMB: s.MemoryMB, DiskMB: s.DiskMB, Lease: f.momentLease(), CreatedBy: by.ID,
+			VCPUs: s.VCPUs, MemoryMB: s.MemoryMB, DiskMB: s.DiskMB, Lease: f.times.Lease, CreatedBy: by.ID,
 		}); err != nil {
 			return err
 		}
@@ -170,11 +174,7 @@ func (f *Fleet) finishSnapshot(ctx context.Context, c *agentv1.Checkpoint, overw
 func (f *Fleet) retire(ctx context.Context, hostID, id string, cause error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), f.times.Lease)
 	defer cancel()
-	lease := f.times.Lease
-	if wrenn.KindOf(cause) == wrenn.KindHostUnavailable {
-		lease = f.momentLease() // it may still be at it
-	}
-	_, err := f.store.RetireSnapshot(ctx, db.RetireSnapshotParams{ID: id, Lease: lease})
+	_, err := f.store.RetireSnapshot(ctx, db.RetireSnapshotParams{ID: id, Lease: f.times.Lease})
 	if err == nil && wrenn.KindOf(cause) != wrenn.KindHostUnavailable {
 		err = f.removeSnapshot(ctx, hostID, id, 0)
 	}
@@ -238,13 +238,15 @@ func (f *Fleet) whyNoSnapshot(ctx context.Context, team store.Team, name string)
 
 // removeSnapshot has the host remove a snapshot and ends its row, if that is `deleting`.
 func (f *Fleet) removeSnapshot(ctx context.Context, hostID, id string, retryFor time.Duration) error {
-	err := f.ask(ctx, hostID, retryFor, func(ctx context.Context, t agents.Target) error {
+	f.fault("delete_snapshot", pointBegun)
+	err := f.ask(f.faultWhenSent(ctx, "delete_snapshot"), hostID, retryFor, func(ctx context.Context, t agents.Target) error {
 		_, err := f.agents.Service(t).DeleteSnapshot(ctx, connect.NewRequest(&agentv1.DeleteSnapshotRequest{SnapshotId: id}))
 		return err
 	})
 	if err != nil {
 		return err
 	}
+	f.fault("delete_snapshot", pointAsked)
 	return f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
 		row, err := tx.FinishDeleteSnapshot(ctx, id)
 		if err != nil {

@@ -2530,7 +2530,9 @@ type ListMomentsResponse_Moment struct {
 	// The sandbox of a checkpoint; empty for a snapshot.
 	SandboxId string `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
 	// Its sizes are not filled in.
-	Checkpoint    *Checkpoint `protobuf:"bytes,2,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	Checkpoint *Checkpoint `protobuf:"bytes,2,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	// It is being saved, or waits for that; only its id is known.
+	Saving        bool `protobuf:"varint,3,opt,name=saving,proto3" json:"saving,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2577,6 +2579,13 @@ func (x *ListMomentsResponse_Moment) GetCheckpoint() *Checkpoint {
 		return x.Checkpoint
 	}
 	return nil
+}
+
+func (x *ListMomentsResponse_Moment) GetSaving() bool {
+	if x != nil {
+		return x.Saving
+	}
+	return false
 }
 
 // Usage of one part, in bytes.
@@ -2786,15 +2795,16 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\vsnapshot_id\x18\x01 \x01(\tR\n" +
 	"snapshotId\"\x18\n" +
 	"\x16DeleteSnapshotResponse\"\x14\n" +
-	"\x12ListMomentsRequest\"\xc0\x01\n" +
+	"\x12ListMomentsRequest\"\xd8\x01\n" +
 	"\x13ListMomentsResponse\x12D\n" +
-	"\amoments\x18\x01 \x03(\v2*.wrenn.agent.v1.ListMomentsResponse.MomentR\amoments\x1ac\n" +
+	"\amoments\x18\x01 \x03(\v2*.wrenn.agent.v1.ListMomentsResponse.MomentR\amoments\x1a{\n" +
 	"\x06Moment\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12:\n" +
 	"\n" +
 	"checkpoint\x18\x02 \x01(\v2\x1a.wrenn.agent.v1.CheckpointR\n" +
-	"checkpoint\"*\n" +
+	"checkpoint\x12\x16\n" +
+	"\x06saving\x18\x03 \x01(\bR\x06saving\"*\n" +
 	"\x18GetSandboxStorageRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\xac\x02\n" +
 	"\x19GetSandboxStorageResponse\x12C\n" +
