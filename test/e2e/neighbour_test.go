@@ -1,9 +1,14 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"os"
+	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -68,9 +73,15 @@ func attack(ctx context.Context, t *testing.T, s *stack.Stack, neighbour *wrenn.
 	if _, err := attacker.Background(ctx, wrenn.ExecOptions{Cmd: "bash", Args: []string{"-c", script}}); err != nil {
 		t.Fatalf("the attack did not begin: %v", err)
 	}
+	used, begun := vmTime(t, s, attacker.ID), time.Now()
 	during = latencies(ctx, t, neighbour)
+	if share := float64(vmTime(t, s, attacker.ID)-used) / float64(time.Since(begun)); share < 0.1 {
+		t.Errorf("the attacker's VM used only %.0f %% of a CPU: that is no attack", 100*share)
+	} else {
+		t.Logf("the attacker's VM uses %.0f %% of a CPU", 100*share)
+	}
 	// The agent answers: it makes a sandbox beside the attacker's, and ends both.
-	begun := time.Now()
+	begun = time.Now()
 	other := sandbox(ctx, t, s, wrenn.SandboxOptions{})
 	for _, sb := range []*wrenn.Sandbox{other, attacker} {
 		if _, err := sb.Delete(ctx); err != nil {
@@ -98,4 +109,45 @@ func latencies(ctx context.Context, t *testing.T, sb *wrenn.Sandbox) []time.Dura
 func quantile(all []time.Duration, q float64) time.Duration {
 	sorted := slices.Sorted(slices.Values(all))
 	return sorted[int(float64(len(sorted)-1)*q)].Round(time.Millisecond / 10)
+}
+
+var pidPattern = regexp.MustCompile(`"pid":\s*(\d+)`)
+
+// vmTime is the CPU time of a sandbox's VMM so far; its agent's record tells the process.
+func vmTime(t *testing.T, s *stack.Stack, id string) time.Duration {
+	t.Helper()
+	records, err := filepath.Glob(filepath.Join(s.Dir, "sandboxes", "sandboxes", id, "*.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range records {
+		record, err := os.ReadFile(path)
+		m := pidPattern.FindSubmatch(record)
+		if err != nil || m == nil {
+			continue
+		}
+		return cpuTime(t, string(m[1]))
+	}
+	t.Fatalf("no VMM in the records %q of %s", records, id)
+	return 0
+}
+
+// cpuTime is that of a process (proc(5), /proc/PID/stat: utime and stime).
+func cpuTime(t *testing.T, pid string) time.Duration {
+	t.Helper()
+	const tick = 10 * time.Millisecond // USER_HZ
+	stat, err := os.ReadFile(filepath.Join("/proc", pid, "stat"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	var sum int
+	for _, field := range fields[11:13] {
+		n, err := strconv.Atoi(field)
+		if err != nil {
+			t.Fatalf("%s: %v", stat, err)
+		}
+		sum += n
+	}
+	return time.Duration(sum) * tick
 }
