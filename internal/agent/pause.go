@@ -77,6 +77,10 @@ func (s *Sandboxes) pause(ctx context.Context, sb *sandbox, req *agentv1.PauseSa
 	if err := s.fault(sb, "pause.begun"); err != nil {
 		return err
 	}
+	if open, _ := sb.activity.state(); open && req.IdleSec > 0 { // it came since that was looked at
+		return wrenn.Errorf(wrenn.KindConflict, "the sandbox is in use")
+	}
+	sb.activity.drain(ctx)
 	save := s.saveMemory
 	if req.DiskOnly {
 		save = s.saveDisk

@@ -44,13 +44,13 @@ func guestProxy(s *Sandboxes) http.Handler {
 			writeError(w, r, err)
 			return
 		}
+		if !quietPaths[path] { // first: a pause that begins now sees it, or it sees the pause
+			defer sb.activity.begin()()
+		}
 		client, token, err := sb.running()
 		if err != nil {
 			writeError(w, r, err)
 			return
-		}
-		if !quietPaths[path] {
-			defer sb.activity.begin()()
 		}
 		forward(w, r, client, token, path, s.log)
 	})
