@@ -184,7 +184,7 @@ func TestABalloonsPagesAreZero(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), vmtest.Stretch(2*time.Minute))
 	defer cancel()
 	d, cfg, h := l.served(ctx, t)
-	for _, mb := range []int{32, 0, 48, 0} {
+	for _, mb := range []int{8, 0, 12, 0} {
 		if err := d.SetBalloon(ctx, h, mb); err != nil {
 			t.Fatal(err)
 		}
