@@ -3,6 +3,7 @@ package fleet
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
@@ -184,6 +185,20 @@ func refuseHere(req Request, h Candidate) *wrenn.Error {
 	if !req.Resume {
 		lacks.DiskMB = max(0, h.Reserved.DiskMB+req.DiskMB-h.Capacity.DiskMB)
 	}
-	return wrenn.Errorf(wrenn.KindNoCapacity, "its host has no room to run it: %d vCPUs, %d MB of memory and %d MB of disk are missing; pause or delete other sandboxes there, or try again later",
-		lacks.VCPUs, lacks.MemoryMB, lacks.DiskMB).With("missing_vcpus", lacks.VCPUs).With("missing_memory_mb", lacks.MemoryMB).With("missing_disk_mb", lacks.DiskMB)
+	return wrenn.Errorf(wrenn.KindNoCapacity, "its host has no room to run it: it lacks %s; pause or delete other sandboxes there, or try again later", lacks).
+		With("missing_vcpus", lacks.VCPUs).With("missing_memory_mb", lacks.MemoryMB).With("missing_disk_mb", lacks.DiskMB)
+}
+
+// String names what is not zero.
+func (r Resources) String() string {
+	var parts []string
+	for _, part := range []struct {
+		n    int64
+		what string
+	}{{r.VCPUs, " vCPUs"}, {r.MemoryMB, " MB of memory"}, {r.DiskMB, " MB of disk"}} {
+		if part.n != 0 {
+			parts = append(parts, strconv.FormatInt(part.n, 10)+part.what)
+		}
+	}
+	return strings.Join(parts, " and ")
 }
