@@ -142,7 +142,7 @@ func TestKilledControlPlane(t *testing.T) {
 	}
 }
 
-// chosen are the cases of this run.
+// chosen are the cases of this run: WRENN_CHAOS_POINT, if that is set, else as said above.
 func chosen(t *testing.T) []*subject {
 	t.Helper()
 	var all []*subject

@@ -169,9 +169,9 @@ func TestProgress(t *testing.T) {
 		first = next(t, live)
 	}
 	<-told
-	flood := time.Since(began)
 	close(release)
 	wg.Wait()
+	flood := time.Since(began)
 	if first.ID != 0 || first.Data["operation"] != "pause" || first.Data["step"] != "saving_memory" ||
 		first.Data["done"] != 1.0 || first.Data["total"] != 1000.0 || first.Data["unit"] != "bytes" || first.Data["operation_id"] == "" {
 		t.Errorf("the first is %+v", first)
