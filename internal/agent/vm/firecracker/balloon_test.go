@@ -125,9 +125,10 @@ func TestBalloonTakesMemoryAndTells(t *testing.T) {
 
 // TestBalloonGivesMemoryBackToTheHost has a guest fill its cache, which it gives up for a balloon.
 func TestBalloonGivesMemoryBackToTheHost(t *testing.T) {
-	const cached, most = 48, 64
+	const cached, most = 96, 120
 	l := newLab(t)
 	cfg := l.Config(t)
+	cfg.MemoryMB = 192
 	cfg.Disks[0].GrowTo = cached << 20
 	b := l.start(t, cfg)
 	before := b.ownMB()
@@ -158,5 +159,41 @@ func TestGuestThatNeedsMemoryGetsItFromTheBalloon(t *testing.T) {
 	b.says("check", "5 56")
 	if s := b.balloon(); s.ActualMB >= most-8 {
 		t.Errorf("the balloon still has %d MiB", s.ActualMB)
+	}
+}
+
+// TestFreedMemoryGoesBackToTheHost has a guest use memory and free it, from a cold start, and in a restored VM, whose
+// memory Firecracker maps in another way.
+func TestFreedMemoryGoesBackToTheHost(t *testing.T) {
+	const filled = 64
+	l := newLab(t)
+	if !l.verdict.Binaries[0].version.reports() {
+		t.Skipf("Firecracker %s has no free page reporting", l.verdict.Binaries[0].Version)
+	}
+	cfg := l.Config(t)
+	cfg.MemoryMB = 192
+	b := l.start(t, cfg)
+	for round := range 2 {
+		before := b.ownMB()
+		b.says(fmt.Sprintf("fill 3 %d", filled), "ok")
+		full := b.ownMB()
+		if full < before+filled*3/4 {
+			t.Fatalf("the VM has %d MiB with %d in use, %d before", full, filled, before)
+		}
+		t.Logf("round %d: %d MiB, with %d in use %d", round, before, filled, full)
+		b.says("drop", "ok")
+		b.falls("after the guest freed it", full-filled/2)
+		b.says(fmt.Sprintf("fill 4 %d", filled), "ok")
+		saved := vm.SnapshotFiles{State: b.cfg.Dir + "/saved.state", Memory: b.cfg.MemoryFile}
+		for _, err := range []error{b.d.Pause(b.ctx, b.h), b.d.Snapshot(b.ctx, b.h, saved)} {
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		b.destroy()
+		b.cfg.Restore = &saved
+		b = l.start(t, b.cfg)
+		b.says("check", fmt.Sprintf("4 %d", filled))
+		b.says("drop", "ok")
 	}
 }

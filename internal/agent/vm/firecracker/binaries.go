@@ -51,6 +51,9 @@ func (v version) before(major, minor int) bool {
 	return v.Major < major || (v.Major == major && v.Minor < minor)
 }
 
+// reports tells of a version with which a guest's free pages go back to the host, as it was seen to do since 1.16.
+func (v version) reports() bool { return !v.before(1, 16) }
+
 // compare puts a pre-release before its release.
 func (v version) compare(w version) int {
 	return cmp.Or(cmp.Compare(v.Major, w.Major), cmp.Compare(v.Minor, w.Minor), cmp.Compare(v.Patch, w.Patch),

@@ -73,6 +73,7 @@ type balloon struct {
 	AmountMB     int  `json:"amount_mib"`
 	DeflateOnOOM bool `json:"deflate_on_oom"`
 	StatsS       int  `json:"stats_polling_interval_s"`
+	Report       bool `json:"free_page_reporting,omitempty"` // memory that the guest frees goes back to the host
 }
 
 type balloonUpdate struct {
@@ -111,7 +112,7 @@ type memoryBackend struct {
 const machineWords = "console=ttyS0 reboot=k pci=off 8250.nr_uarts=1 i8042.noaux i8042.nomux i8042.dumbkbd "
 
 // coldStart is all that describes a VM which boots, but not the start itself.
-func coldStart(cfg vm.Config, limit rateLimiter) []request {
+func coldStart(cfg vm.Config, limit rateLimiter, v version) []request {
 	boot := bootSource{Kernel: kernelPath, Cmdline: machineWords + cfg.Cmdline}
 	if cfg.Initrd != "" {
 		boot.Initrd = initrdPath
@@ -120,7 +121,7 @@ func coldStart(cfg vm.Config, limit rateLimiter) []request {
 		{http.MethodPut, "/machine-config", machineConfig{VCPUs: cfg.VCPUs, MemoryMB: cfg.MemoryMB, TrackDirty: true}},
 		{http.MethodPut, "/boot-source", boot},
 		{http.MethodPut, "/entropy", struct{}{}},
-		{http.MethodPut, "/balloon", balloon{DeflateOnOOM: true, StatsS: balloonS}},
+		{http.MethodPut, "/balloon", balloon{DeflateOnOOM: true, StatsS: balloonS, Report: v.reports()}},
 	}
 	for i, disk := range cfg.Disks {
 		// Writeback: a flush of the guest is one on the host, or a power cut loses what the guest holds for written.

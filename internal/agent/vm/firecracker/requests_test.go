@@ -58,7 +58,7 @@ func everyRequest() []request {
 		Disks: []vm.Disk{{Path: "/a"}, {Path: "/b", ReadOnly: true}}, Net: vm.Net{TAP: "tap0", MAC: "02:00:5e:00:00:02"},
 	}
 	limit, none := limiter(vm.DiskLimits{BytesPerSec: 100 << 20, OpsPerSec: 5000}), limiter(vm.DiskLimits{})
-	all := append(coldStart(cfg, limit), coldStart(vm.Config{VCPUs: 1, MemoryMB: 128}, none)...)
+	all := append(coldStart(cfg, limit, version{Major: 1, Minor: 16}), coldStart(vm.Config{VCPUs: 1, MemoryMB: 128}, none, oldest)...)
 	for _, memory := range []memoryBackend{{"File", memoryPath}, {"Uffd", "/uffd.sock"}} {
 		all = append(all, restore(memory, version{Major: 1, Minor: 7}), restore(memory, version{Major: 1, Minor: 16}))
 	}

@@ -228,7 +228,7 @@ func (s *starting) ready(ctx context.Context, h vm.Handle) error {
 	}
 	defer c.close()
 	if s.cfg.Restore == nil {
-		err = c.all(ctx, coldStart(s.cfg, limiter(s.driver.opts.Disk))...)
+		err = c.all(ctx, coldStart(s.cfg, limiter(s.driver.opts.Disk), s.binary.version)...)
 	} else {
 		err = s.restore(ctx, c)
 	}
