@@ -198,8 +198,11 @@ func boot(ctx context.Context, base, root, payload string) (string, error) {
 		err = cmd.Wait()
 	}
 	reading.Wait()
+	if cause := context.Cause(ctx); cause != nil {
+		err = cause // why it was killed
+	}
 	if err != nil {
-		err = fmt.Errorf("the emulated machine: %w", errors.Join(context.Cause(ctx), err))
+		err = fmt.Errorf("the emulated machine: %w", err)
 	}
 	return tests.text.String(), err
 }
