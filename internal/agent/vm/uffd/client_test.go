@@ -8,11 +8,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 	"unsafe"
 
@@ -113,8 +116,11 @@ func (c *client) page(word string) ([]byte, error) {
 }
 
 func (c *client) command(words []string) (string, error) {
-	if words[0] == "present" {
+	switch words[0] {
+	case "present":
 		return c.present()
+	case "crowd":
+		return c.crowd()
 	}
 	page, err := c.page(words[1])
 	if err != nil {
@@ -137,6 +143,32 @@ func (c *client) command(words []string) (string, error) {
 		return "ok", unix.Madvise(page, unix.MADV_DONTNEED)
 	}
 	return "", fmt.Errorf("unknown command %q", words)
+}
+
+// crowd has many threads read all pages at once, each in an order of its own, and write some of them.
+func (c *client) crowd() (string, error) {
+	const threads = 16
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(threads)) // who waits for a page keeps its processor
+	total := 2 * c.pages
+	wrong := make(chan string, threads)
+	var wg sync.WaitGroup
+	for thread := range threads {
+		wg.Go(func() {
+			for i, n := range rand.Perm(total) {
+				page := c.regions[n/c.pages][n%c.pages*pageSize:][:pageSize]
+				if got := binary.NativeEndian.Uint64(page[8:]); strconv.FormatUint(got, 10) != content(n) {
+					wrong <- fmt.Sprintf("page %d is %d", n, got)
+					return
+				}
+				if i%7 == thread%7 { // where no other looks
+					page[pageSize-1-thread] = byte(thread)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	close(wrong)
+	return "ok" + <-wrong, nil
 }
 
 func fillPage(page []byte, n uint64) {

@@ -211,6 +211,15 @@ func TestEveryPageIsTheFiles(t *testing.T) {
 	}
 }
 
+func TestACrowdOfThreadsGetsItsPages(t *testing.T) {
+	s := serveFile(t)
+	for range 3 { // the second knows the first's touches
+		v := s.run(t)
+		v.expect("crowd", "ok")
+		v.end()
+	}
+}
+
 func TestRemovedPagesAreZero(t *testing.T) {
 	v := serveFile(t).run(t)
 	v.reads(1, 2, 3, 270)
