@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	_ "embed"
 	"errors"
@@ -167,36 +168,29 @@ func boot(ctx context.Context, base, root, payload string) (string, error) {
 	args := []string{
 		"-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,+svm", "-m", strconv.Itoa(machineMemoryMB), "-smp", strconv.Itoa(machineCPUs),
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-		"-serial", "stdio", "-serial", "file:/proc/self/fd/3", "-serial", "file:/proc/self/fd/4",
+		"-serial", "stdio", "-serial", "file:/proc/self/fd/3",
 		"-kernel", filepath.Join(base, "vmlinuz"), "-initrd", filepath.Join(base, "initrd"),
 		"-append", "root=/dev/vda rw console=ttyS0 init=/init.sh panic=-1 quiet mitigations=off",
 	}
 	args = append(append(args, disk(root)...), disk(payload)...)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", args...)
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	out, in, err := os.Pipe()
+	if err != nil {
+		return "", err
+	}
+	defer out.Close()
 	tests := watch(standstill, func() { cancel(errStandstill) })
-	alive := watch(silence, func() { cancel(errSilent) })
+	defer tests.timer.Stop()
+	console := watch(silence, func() { cancel(errSilent) })
+	defer console.timer.Stop()
+	console.show = os.Stdout
+	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", args...)
+	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = console, os.Stderr, []*os.File{in}
 	var reading sync.WaitGroup
-	for _, w := range []*watched{tests, alive} {
-		out, in, err := os.Pipe()
-		if err != nil {
-			return "", err
-		}
-		defer out.Close()
-		defer in.Close()
-		defer w.timer.Stop()
-		cmd.ExtraFiles = append(cmd.ExtraFiles, in)
-		reading.Go(func() { _, _ = io.Copy(w, out) })
-	}
-	err := cmd.Start()
-	for _, in := range cmd.ExtraFiles {
-		in.Close()
-	}
-	if err == nil {
-		err = cmd.Wait()
-	}
+	reading.Go(func() { _, _ = io.Copy(tests, out) })
+	err = cmd.Run()
+	in.Close()
 	reading.Wait()
 	if cause := context.Cause(ctx); cause != nil {
 		err = cause // why it was killed
@@ -218,13 +212,23 @@ type watched struct {
 	limit time.Duration
 	timer *time.Timer
 	text  strings.Builder
+	show  io.Writer // shows instead of keeping, but for the signs of life
 }
 
 func watch(limit time.Duration, complain func()) *watched {
 	return &watched{limit: limit, timer: time.AfterFunc(limit, complain)}
 }
 
+// signOfLife is what init.sh prints every few seconds.
+const signOfLife = "alive\r\n"
+
 func (w *watched) Write(b []byte) (int, error) {
 	w.timer.Reset(w.limit)
-	return w.text.Write(b)
+	if w.show == nil {
+		return w.text.Write(b)
+	}
+	if _, err := w.show.Write(bytes.ReplaceAll(b, []byte(signOfLife), nil)); err != nil {
+		return 0, err
+	}
+	return len(b), nil
 }
