@@ -45,7 +45,7 @@ const (
 	machineMemoryMB = 3072
 	machineCPUs     = 2
 	machineStretch  = 8
-	machineTries    = 3
+	machineTries    = 6                // nested KVM under emulation breaks the kernel that has it, once in a quarter of an hour or so
 	silence         = 90 * time.Second // without a sign of life, after which the machine hangs
 	standstill      = 20 * time.Minute // without a word of the tests, after which they do
 	rootSize        = "16G"            // sparse: sandboxes are on it
