@@ -156,7 +156,7 @@ type SnapshotFiles struct {
 
 	// Progress, if not nil, is told by Snapshot how much of the RAM it has gone through, in bytes, where the
 	// driver can say. It must return at once.
-	Progress func(done, total int64)
+	Progress func(done, total int64) `json:"-"`
 }
 
 // Handle names a VM for every later call, also by a later agent process. It is stored as JSON; fields
