@@ -105,6 +105,7 @@ func (s *saves) list() []*agentv1.ListMomentsResponse_Moment {
 // power cut if it is to be durable. A running sandbox stops for as long as device state and clones take.
 func (s *Sandboxes) saveMoment(ctx context.Context, sb *sandbox, dir string, durable bool) (mo *moment, err error) {
 	defer func() { err = diskFull(err) }()
+	defer s.warm.begin(lull)()
 	if err := s.settleOperation(ctx, sb); err != nil {
 		return nil, err
 	}

@@ -41,6 +41,7 @@ func (s *Sandboxes) Pause(ctx context.Context, req *agentv1.PauseSandboxRequest)
 				return err
 			}
 		}
+		defer s.warm.begin(lull)()
 		return s.pause(ctx, sb, req)
 	})
 	if err != nil {
@@ -135,6 +136,10 @@ func (s *Sandboxes) endPaused(ctx context.Context, sb *sandbox) error {
 	return nil
 }
 
+// hardenAfter is how long a sandbox is paused before it is made to survive a power cut: one that is resumed at
+// once need not be, and the disk is left to whoever waits for it.
+const hardenAfter = time.Second
+
 // harden makes a paused sandbox survive a power cut of the host, in the background: writing out what may
 // be all of its memory takes its time, and it can be resumed meanwhile.
 func (s *Sandboxes) harden(sb *sandbox) {
@@ -143,6 +148,11 @@ func (s *Sandboxes) harden(sb *sandbox) {
 		return
 	}
 	s.watchers.Go(func() {
+		select {
+		case <-time.After(hardenAfter):
+		case <-s.life.Done():
+			return
+		}
 		if err := s.hardenNow(sb, rec.Revision); err != nil && !sb.forgotten() && s.life.Err() == nil {
 			s.log.Error("a paused sandbox does not survive a power cut yet", "sandbox", sb.id, "err", err)
 		}
@@ -152,6 +162,9 @@ func (s *Sandboxes) harden(sb *sandbox) {
 
 // hardenNow does it, unless the sandbox has gone on since the revision.
 func (s *Sandboxes) hardenNow(sb *sandbox, revision uint64) error {
+	if sb.forgotten() || sb.snapshot().Revision != revision {
+		return nil
+	}
 	if err := sb.machine().syncFiles(); err != nil {
 		return err
 	}
@@ -262,6 +275,7 @@ func (s *Sandboxes) Resume(ctx context.Context, id, opID string) (*agentv1.Sandb
 		if done || err != nil {
 			return err
 		}
+		defer s.warm.begin(lull)()
 		return s.resume(ctx, sb, opID)
 	})
 	if err != nil {

@@ -58,6 +58,7 @@ func (s *Sandboxes) Rollback(ctx context.Context, req *agentv1.RollbackSandboxRe
 		if err != nil {
 			return err
 		}
+		defer s.warm.begin(lull)()
 		return s.rollback(ctx, sb, mo, req)
 	})
 	if err != nil {

@@ -49,8 +49,9 @@ type warmPool struct {
 	wake chan struct{}
 
 	mu     sync.Mutex
-	busy   int           // creates under way
+	busy   int           // operations under way
 	quiet  chan struct{} // closed when there are none any more; nil while there are none
+	calm   time.Time     // until then more of them are to be expected
 	recent []machine     // latest last
 	shapes map[machine]shape
 	ready  map[machine][]*readyVM
@@ -91,8 +92,13 @@ func (p *warmPool) take(sh shape) (v *readyVM, soon <-chan *readyVM, drop []*rea
 	return v, soon, drop
 }
 
-// begin notes a create; the returned function notes its end, and has replaced what it took.
-func (p *warmPool) begin() (end func()) {
+// lull is how long after an operation other than a create the next one is to be expected. A create leaves a gap in
+// the pool, so what it took is replaced at once.
+const lull = 300 * time.Millisecond
+
+// begin notes an operation, which may be followed by another within the lull; the returned function notes its end,
+// and has replaced what it took.
+func (p *warmPool) begin(lull time.Duration) (end func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.busy++; p.busy == 1 {
@@ -100,6 +106,9 @@ func (p *warmPool) begin() (end func()) {
 	}
 	return func() {
 		p.mu.Lock()
+		if next := time.Now().Add(lull); lull > 0 && next.After(p.calm) {
+			p.calm = next
+		}
 		if p.busy--; p.busy == 0 {
 			close(p.quiet)
 			p.quiet = nil
@@ -112,21 +121,31 @@ func (p *warmPool) begin() (end func()) {
 	}
 }
 
-// maxYield is how long the making of ready VMs stands back for creates, which need the CPU more.
+// maxYield is how long the making of ready VMs stands back for operations, which need the CPU more.
 const maxYield = 3 * time.Second
 
-// yield waits until no create is under way, at most maxYield.
+// yield waits until no operation is under way or to be expected, at most maxYield.
 func (p *warmPool) yield(ctx context.Context) {
-	p.mu.Lock()
-	quiet := p.quiet
-	p.mu.Unlock()
-	if quiet == nil {
-		return
-	}
-	select {
-	case <-quiet:
-	case <-time.After(maxYield):
-	case <-ctx.Done():
+	ctx, cancel := context.WithTimeout(ctx, maxYield)
+	defer cancel()
+	for {
+		p.mu.Lock()
+		quiet, left := p.quiet, time.Until(p.calm)
+		p.mu.Unlock()
+		var calm <-chan time.Time
+		switch {
+		case quiet != nil:
+		case left <= 0:
+			return
+		default:
+			calm = time.After(left)
+		}
+		select {
+		case <-quiet:
+		case <-calm:
+		case <-ctx.Done():
+			return
+		}
 	}
 }
 

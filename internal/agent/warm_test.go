@@ -104,20 +104,24 @@ func TestReadyVMsAreMadeWhenCreatesLeaveTime(t *testing.T) {
 		if d := waited(); d != 0 {
 			t.Errorf("waited %v for nobody", d)
 		}
-		first, second := p.begin(), p.begin()
+		first, second := p.begin(0), p.begin(0)
 		time.AfterFunc(time.Second, first)
 		time.AfterFunc(2*time.Second, second)
 		if d := waited(); d != 2*time.Second {
 			t.Errorf("waited %v", d)
 		}
-		end := p.begin()
+		end := p.begin(0)
 		if d := waited(); d != maxYield {
 			t.Errorf("waited %v for a create that takes long", d)
 		}
 		end()
+		p.begin(lull)()
+		if d := waited(); d != lull {
+			t.Errorf("waited %v after an operation that another may follow", d)
+		}
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		defer p.begin()()
+		defer p.begin(0)()
 		p.yield(ctx)
 	})
 }

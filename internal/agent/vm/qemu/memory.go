@@ -6,10 +6,8 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"slices"
@@ -207,12 +205,7 @@ func parseMapping(line string) (m mapping, inode uint64, ok bool) {
 const (
 	pageSize   = 4096
 	copyBytes  = 1 << 20
-	scanPages  = 64 << 10 // of pagemap at a time: 512 KiB
 	punchBytes = 64 << 10 // fewer zeroes than that are written, more become a hole
-	// Bits of an entry of /proc/PID/pagemap (Linux, admin-guide/mm/pagemap.rst).
-	pagePresent = 1 << 63
-	pageSwapped = 1 << 62
-	pageOfFile  = 1 << 61
 )
 
 // ramCopy copies the pages that a process has of its own.
@@ -224,41 +217,12 @@ type ramCopy struct {
 }
 
 func (c *ramCopy) copy(ctx context.Context, m mapping) error {
-	entries := make([]byte, 8*scanPages)
-	for at := m.start; at < m.end; at += scanPages * pageSize {
-		pages := min(scanPages, (m.end-at)/pageSize)
-		if _, err := c.pagemap.ReadAt(entries[:8*pages], at/pageSize*8); err != nil && !errors.Is(err, io.EOF) {
-			return err
-		}
-		for first := int64(0); first < pages; {
-			n := ownPages(entries[8*first : 8*pages])
-			if n == 0 {
-				first++
-				continue
-			}
-			if err := c.write(at+first*pageSize, m.offset+at-m.start+first*pageSize, n*pageSize); err != nil {
-				return err
-			}
-			first += n
-		}
+	return ownRuns(c.pagemap, m.start, m.end, func(from, to int64) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-	}
-	return nil
-}
-
-// ownPages counts the leading entries that are pages of the process, not of the file.
-func ownPages(entries []byte) int64 {
-	n := int64(0)
-	for ; len(entries) >= 8; entries = entries[8:] {
-		e := binary.LittleEndian.Uint64(entries)
-		if e&(pagePresent|pageSwapped) == 0 || e&pageOfFile != 0 {
-			break
-		}
-		n++
-	}
-	return n
+		return c.write(from, m.offset+from-m.start, to-from)
+	})
 }
 
 // write copies n bytes at an address to an offset of the file.

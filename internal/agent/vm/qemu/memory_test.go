@@ -6,10 +6,12 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -186,6 +188,59 @@ func TestOwnPages(t *testing.T) {
 	} {
 		if got := ownPages(c.entries); got != c.want {
 			t.Errorf("%s: %d, want %d", name, got, c.want)
+		}
+	}
+}
+
+// TestOwnRuns: both ways of finding what a process has of its own find the pages that it wrote, and no others.
+func TestOwnRuns(t *testing.T) {
+	t.Parallel()
+	const pages = 3*scanPages + 5
+	f, err := os.Create(filepath.Join(t.TempDir(), "file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Truncate(pages * pageSize); err != nil {
+		t.Fatal(err)
+	}
+	b, err := unix.Mmap(int(f.Fd()), 0, pages*pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Munmap(b) }()
+	start := int64(uintptr(unsafe.Pointer(&b[0])))
+	own := map[int64]bool{0: true, 1: true, scanPages - 1: true, scanPages: true, pages - 1: true}
+	for range 3000 { // more runs than are told at a time
+		own[rand.Int64N(pages)] = true
+	}
+	for page := range own {
+		b[page*pageSize] = 0 // zeroes that were written are the process's own, too
+	}
+	for page := int64(0); page < pages; page += 1000 {
+		if b[page*pageSize] != 0 {
+			t.Fatal("not the file")
+		}
+	}
+	pagemap, err := os.Open("/proc/self/pagemap")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pagemap.Close()
+	for name, runs := range map[string]func(*os.File, int64, int64, func(from, to int64) error) error{"scan": scanRuns, "read": readRuns} {
+		found := map[int64]bool{}
+		err := runs(pagemap, start, start+pages*pageSize, func(from, to int64) error {
+			for at := from; at < to; at += pageSize {
+				found[(at-start)/pageSize] = true
+			}
+			return nil
+		})
+		if name == "scan" && errors.Is(err, unix.ENOTTY) {
+			t.Log("this kernel cannot scan")
+			continue
+		}
+		if err != nil || !maps.Equal(found, own) {
+			t.Errorf("%s: found %d pages, want %d, %v", name, len(found), len(own), err)
 		}
 	}
 }

@@ -179,12 +179,13 @@ func set(path, value string) error {
 	return errors.Join(err, f.Close())
 }
 
-// yield puts all VMs together behind what else the host does: half the weight of one service or, in v1, of one process.
-// The agent and the control plane need little CPU and disk, but at once.
+// yield puts all VMs together behind what else the host does: half the weight of one service. The agent and the
+// control plane need little CPU and disk, but at once. In v1 a group has the weight of one process of the root group,
+// which is behind enough.
 func (c *Cgroup) yield() error {
 	files := map[string]string{"cpu.weight": "50", "io.weight": "50"}
 	if c.h.unified == "" {
-		files = map[string]string{"cpu.shares": "512", "blkio.weight": "250", "blkio.bfq.weight": "50"}
+		files = map[string]string{"cpu.shares": "1024", "blkio.weight": "250", "blkio.bfq.weight": "50"}
 	}
 	parent := &Cgroup{h: c.h, parent: c.parent}
 	for file, weight := range files {

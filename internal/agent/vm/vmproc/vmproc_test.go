@@ -76,7 +76,7 @@ func TestLaunchedProcessIsConfinedAndTheAgentIsNot(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	weight := map[int]string{1: "cpu.shares 512", 2: "cpu.weight 50"}[h.Version()]
+	weight := map[int]string{1: "cpu.shares 1024", 2: "cpu.weight 50"}[h.Version()]
 	file, want, _ := strings.Cut(weight, " ")
 	if got, err := os.ReadFile(filepath.Join(h.Cgroup(parent, "").Path("cpu"), file)); err != nil || strings.TrimSpace(string(got)) != want {
 		t.Errorf("all VMs have %s %s, %v; want %s", file, got, err, want)
