@@ -56,12 +56,12 @@ func (l *Lab) OutlivesItsAgent(t *testing.T, cfg vm.Config, spec any, driver fun
 	l.answers(ctx, t, cfg, "ping", "pong")
 	waited := make(chan error, 1)
 	go func() { waited <- d.Wait(ctx, h) }() // takes over the console, too
-	l.answers(ctx, t, cfg, "flood 1", "ok")
 	for !strings.Contains(consoleOf(t, cfg), "end of flood") {
 		if ctx.Err() != nil {
 			t.Fatalf("after the agent's death the console is %q", consoleOf(t, cfg))
 		}
-		time.Sleep(10 * time.Millisecond) // nothing tells when a file has grown
+		l.answers(ctx, t, cfg, "flood 1", "ok") // again: what is said before somebody listens is lost
+		time.Sleep(10 * time.Millisecond)       // nothing tells when a file has grown
 	}
 	// Sweep spares what it is told to, and ends what it is not.
 	if n, err := vmproc.Sweep(l.CgroupParent, func(name string) bool { return name == cfg.Cgroup }); n != 0 || err != nil {
