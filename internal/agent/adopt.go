@@ -151,7 +151,8 @@ func (s *Sandboxes) finishRemoval(ctx context.Context, sb *sandbox) error {
 // carryOn lets the VM that the record names go on, in its slot, or if that is nil in the one that an earlier
 // agent left. A sandbox whose VM is gone is then paused.
 func (s *Sandboxes) carryOn(ctx context.Context, sb *sandbox, slot *network.Slot) (lives bool, err error) {
-	handle, index := *sb.snapshot().VM, sb.snapshot().Slot
+	rec := sb.snapshot()
+	handle := *rec.VM
 	state, err := s.driver.Inspect(ctx, handle)
 	if err != nil {
 		return false, err
@@ -167,7 +168,7 @@ func (s *Sandboxes) carryOn(ctx context.Context, sb *sandbox, slot *network.Slot
 		return false, s.lost(sb)
 	}
 	if slot == nil {
-		if slot, err = s.net.Adopt(index); err != nil {
+		if slot, err = s.net.Adopt(rec.Slot); err != nil {
 			return false, err
 		}
 		s.log.Info("took over a running sandbox", "sandbox", sb.id, "pid", handle.PID)

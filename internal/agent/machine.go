@@ -107,10 +107,7 @@ func (m machine) writeManifest(keep lasting, man manifest) error {
 	if err != nil {
 		return err
 	}
-	if keep == thisBoot {
-		return write(m.manifest(), append(raw, '\n'))
-	}
-	return writeDurably(m.manifest(), append(raw, '\n'))
+	return write(keep, m.manifest(), append(raw, '\n'))
 }
 
 // checksum is a file's SHA-256, in hex.

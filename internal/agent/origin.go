@@ -111,7 +111,7 @@ func (mo *moment) save() error {
 	if err != nil {
 		return err
 	}
-	return writeDurably(filepath.Join(mo.dir, momentFile), append(raw, '\n'))
+	return write(forGood, filepath.Join(mo.dir, momentFile), append(raw, '\n'))
 }
 
 // report describes a moment with its sizes.

@@ -114,11 +114,11 @@ func (r *record) save(dir string, keep lasting) error {
 	if err != nil {
 		return err
 	}
-	raw = append(raw, '\n')
+	name := recordFile
 	if keep == thisBoot {
-		return write(filepath.Join(dir, passingFile), raw)
+		name = passingFile
 	}
-	return writeDurably(filepath.Join(dir, recordFile), raw)
+	return write(keep, filepath.Join(dir, name), append(raw, '\n'))
 }
 
 // loadRecord gives the latest record of dir that is still good.
@@ -155,28 +155,17 @@ func readRecord(dir, name string) (*record, error) {
 	return r, nil
 }
 
-// write replaces a file, mode 0600: whoever reads it finds the old content or the new, as long as the host
-// keeps its power.
-func write(path string, content []byte) error {
-	return replace(path, func(f *os.File) error {
-		_, err := f.Write(content)
-		return errors.Join(err, f.Close())
-	})
-}
-
-// writeDurably is write that a power cut does not undo or break.
-func writeDurably(path string, content []byte) error {
-	err := replace(path, func(f *os.File) error {
-		_, err := f.Write(content)
-		return errors.Join(err, f.Sync(), f.Close())
-	})
-	if err != nil {
+// write replaces a file, mode 0600: whoever reads it finds the old content or the new, forGood also after a power
+// cut.
+func write(keep lasting, path string, content []byte) error {
+	if err := replace(keep, path, content); err != nil || keep == thisBoot {
 		return err
 	}
 	return storage.Sync(filepath.Dir(path))
 }
 
-func replace(path string, fill func(*os.File) error) (err error) {
+// replace is write without what brings the new name to disk.
+func replace(keep lasting, path string, content []byte) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {
 		return err
@@ -186,7 +175,11 @@ func replace(path string, fill func(*os.File) error) (err error) {
 			err = errors.Join(err, os.Remove(f.Name()))
 		}
 	}()
-	if err := fill(f); err != nil {
+	_, err = f.Write(content)
+	if keep == forGood {
+		err = errors.Join(err, f.Sync())
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
 		return err
 	}
 	return os.Rename(f.Name(), path)

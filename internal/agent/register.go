@@ -61,7 +61,7 @@ func (c *controlPlane) register(ctx context.Context, token, address, tokenFile s
 		return fmt.Errorf("cannot make the directory of AGENT_TOKEN_FILE: %w", err)
 	}
 	// Written first: a token file that cannot be written must not cost the one-time token.
-	if err := writeDurably(tokenFile+keySuffix, key); err != nil {
+	if err := write(forGood, tokenFile+keySuffix, key); err != nil {
 		return fmt.Errorf("cannot write beside AGENT_TOKEN_FILE: %w", err)
 	}
 	var answer struct {
@@ -74,9 +74,9 @@ func (c *controlPlane) register(ctx context.Context, token, address, tokenFile s
 		return fmt.Errorf("registration failed: %w", err)
 	}
 	return errors.Join(
-		writeDurably(tokenFile+certSuffix, []byte(answer.CertPEM)),
-		writeDurably(tokenFile+".ca", []byte(answer.CAPEM)),
-		writeDurably(tokenFile, []byte(answer.Token+"\n")),
+		write(forGood, tokenFile+certSuffix, []byte(answer.CertPEM)),
+		write(forGood, tokenFile+".ca", []byte(answer.CAPEM)),
+		write(forGood, tokenFile, []byte(answer.Token+"\n")),
 	)
 }
 

@@ -83,7 +83,7 @@ func (id *identity) keepToken(token string) error {
 	if err != nil {
 		return fmt.Errorf("the control plane sent a token that cannot be used: %w", err)
 	}
-	if err := writeDurably(id.file, []byte(token+"\n")); err != nil {
+	if err := write(forGood, id.file, []byte(token+"\n")); err != nil {
 		return err
 	}
 	id.mu.Lock()
@@ -105,7 +105,7 @@ func (id *identity) newKey() (csr []byte, err error) {
 	if err != nil {
 		return nil, err
 	}
-	return csr, writeDurably(id.file+nextKeySuffix, key)
+	return csr, write(forGood, id.file+nextKeySuffix, key)
 }
 
 // keepCertificate serves another certificate, of the key that newKey made, from now on.
@@ -117,7 +117,7 @@ func (id *identity) keepCertificate(cert []byte) error {
 	if _, err := tls.X509KeyPair(cert, key); err != nil {
 		return fmt.Errorf("the control plane sent a certificate that does not fit: %w", err)
 	}
-	if err := writeDurably(id.file+certSuffix, cert); err != nil {
+	if err := write(forGood, id.file+certSuffix, cert); err != nil {
 		return err
 	}
 	next, err := loadCertificate(id.file)

@@ -128,7 +128,7 @@ func TestRenewalIsCutOff(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := writeDurably(id.file+certSuffix, cert); err != nil {
+	if err := write(forGood, id.file+certSuffix, cert); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 { // also the one after
