@@ -192,23 +192,25 @@ func (s *Server) PauseSandbox(ctx context.Context, req gen.PauseSandboxRequestOb
 	if req.Body != nil {
 		o.Memory, o.Durable = or(req.Body.Memory, true), or(req.Body.Durable, false)
 	}
-	if err := s.Fleet.Pause(ctx, actor(ctx), auth.From(ctx).TeamID, req.ID, o); err != nil {
+	sb, err := s.Fleet.Pause(ctx, actor(ctx), auth.From(ctx).TeamID, req.ID, o)
+	if err != nil {
 		return nil, err
 	}
-	sb, err := s.sandbox(ctx, req.ID)
-	return gen.PauseSandbox200JSONResponse(sb), err
+	return gen.PauseSandbox200JSONResponse(sandboxJSON(sb)), nil
 }
 
 // ResumeSandbox implements gen.StrictServerInterface.
 func (s *Server) ResumeSandbox(ctx context.Context, req gen.ResumeSandboxRequestObject) (gen.ResumeSandboxResponseObject, error) {
 	team := auth.From(ctx).TeamID
-	if err := s.Fleet.Resume(ctx, actor(ctx), team, req.ID, newID(ctx, wrenn.PrefixOperation)); err != nil {
+	row, err := s.Fleet.Resume(ctx, actor(ctx), team, req.ID, newID(ctx, wrenn.PrefixOperation))
+	if err != nil {
 		return nil, err
 	}
-	if req.Body != nil && req.Body.TimeoutSec != nil {
-		if err := s.Fleet.SetTimeout(ctx, team, req.ID, *req.Body.TimeoutSec, nil); err != nil {
-			return nil, err
-		}
+	if req.Body == nil || req.Body.TimeoutSec == nil {
+		return gen.ResumeSandbox200JSONResponse(sandboxJSON(row)), nil
+	}
+	if err := s.Fleet.SetTimeout(ctx, team, req.ID, *req.Body.TimeoutSec, nil); err != nil {
+		return nil, err
 	}
 	sb, err := s.sandbox(ctx, req.ID)
 	return gen.ResumeSandbox200JSONResponse(sb), err

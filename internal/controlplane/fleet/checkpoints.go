@@ -119,7 +119,7 @@ func (f *Fleet) keepCheckpoint(ctx context.Context, id string) (stop func()) {
 
 // finishCheckpoint writes what a host saved.
 func (f *Fleet) finishCheckpoint(ctx context.Context, sandboxID string, c *agentv1.Checkpoint) error {
-	return f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
+	return f.persistTx(ctx, func(ctx context.Context, tx store.Tx) error {
 		row, err := tx.FinishCheckpoint(ctx, db.FinishCheckpointParams{
 			ID: c.GetId(), ParentID: c.GetParentId(), HasMemory: c.GetHasMemory(), SizeBytes: int64(c.GetSizeBytes()), OwnBytes: int64(c.GetOwnBytes()),
 			Needs: needsOf(c.GetNeeds()), CreatedAt: c.GetCreatedAt().AsTime(),
@@ -238,7 +238,7 @@ func (f *Fleet) removeCheckpoint(ctx context.Context, hostID, sandboxID, id stri
 		return err
 	}
 	f.fault("delete_checkpoint", pointAsked)
-	return f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
+	return f.persistTx(ctx, func(ctx context.Context, tx store.Tx) error {
 		row, err := tx.FinishDeleteCheckpoint(ctx, id)
 		if err != nil {
 			return ignoreNotFound(err)
@@ -286,7 +286,7 @@ func (f *Fleet) Rollback(ctx context.Context, by Actor, teamID string, spec Roll
 	if spec.KeepAs != "" {
 		defer f.keepCheckpoint(context.WithoutCancel(ctx), spec.KeepAs)()
 	}
-	err = f.change(ctx, c, func(ctx context.Context, t agents.Target, op string) (*agentv1.Sandbox, error) {
+	_, err = f.change(ctx, c, func(ctx context.Context, t agents.Target, op string) (*agentv1.Sandbox, error) {
 		res, err := f.agents.Service(t).RollbackSandbox(ctx, connect.NewRequest(&agentv1.RollbackSandboxRequest{
 			Id: spec.SandboxID, OperationId: op, CheckpointId: spec.CheckpointID, KeepAs: spec.KeepAs,
 		}))

@@ -60,7 +60,7 @@ func (f *Fleet) expireOne(ctx context.Context, row db.Sandbox) error {
 	if row.OnTimeout == string(wrenn.OnTimeoutKill) {
 		return f.kill(ctx, row)
 	}
-	err := f.Pause(ctx, systemActor(), row.TeamID, row.ID, PauseOptions{Memory: true, IdleSec: uint32(row.TimeoutSec)})
+	_, err := f.Pause(ctx, systemActor(), row.TeamID, row.ID, PauseOptions{Memory: true, IdleSec: uint32(row.TimeoutSec)})
 	if wrenn.KindOf(err) == wrenn.KindConflict { // it is in use
 		return f.store.ApplyActivity(ctx, db.ApplyActivityParams{ID: row.ID, HostID: row.HostID, LastActiveAt: time.Now()})
 	}

@@ -57,7 +57,7 @@ func (f *Fleet) writeCreated(ctx context.Context, row db.Sandbox, made *agentv1.
 		started = time.Now()
 	}
 	var latest db.Sandbox
-	err := f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
+	err := f.persistTx(ctx, func(ctx context.Context, tx store.Tx) error {
 		_, err := tx.FinishCreate(ctx, db.FinishCreateParams{
 			ID: row.ID, OperationID: row.OperationID, Revision: int64(made.GetRevision()), StartedAt: &started, Cold: made.GetCold(),
 		})
@@ -89,7 +89,7 @@ func (f *Fleet) failCreate(ctx context.Context, row db.Sandbox, cause error) err
 	pub := wrenn.Public(cause)
 	f.log.Warn("create failed", "sandbox_id", row.ID, "host_id", row.HostID, "error", cause)
 	var failed bool
-	err := f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
+	err := f.persistTx(ctx, func(ctx context.Context, tx store.Tx) error {
 		_, err := tx.FailCreate(ctx, db.FailCreateParams{ID: row.ID, OperationID: row.OperationID, Reason: &pub.Message, Lease: f.times.Lease})
 		if err != nil {
 			return ignoreNotFound(err)
@@ -126,7 +126,7 @@ func (f *Fleet) finishDelete(ctx context.Context, row db.Sandbox, retryFor time.
 	}
 	f.fault("delete", pointAsked)
 	f.stats.Deleted.Add(1)
-	err := f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
+	err := f.persistTx(ctx, func(ctx context.Context, tx store.Tx) error {
 		if _, err := tx.FinishDelete(ctx, row.ID); err != nil {
 			return ignoreNotFound(err)
 		}
@@ -172,13 +172,20 @@ func (f *Fleet) ask(ctx context.Context, hostID string, retryFor time.Duration, 
 	}
 }
 
+// persistTx is persist of a transaction.
+func (f *Fleet) persistTx(ctx context.Context, fn func(context.Context, store.Tx) error) error {
+	return f.persist(ctx, func(ctx context.Context) error {
+		return f.store.Tx(ctx, func(tx store.Tx) error { return fn(ctx, tx) })
+	})
+}
+
 // persist writes the outcome of something that has happened already, so it does not give up at the first
 // failure of the database; if it must, the row's lease runs out and the leader repeats the operation.
-func (f *Fleet) persist(ctx context.Context, fn func(context.Context, store.Tx) error) error {
+func (f *Fleet) persist(ctx context.Context, write func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), f.times.Lease)
 	defer cancel()
 	for wait := 50 * time.Millisecond; ; wait = min(2*wait, time.Second) {
-		err := f.store.Tx(ctx, func(tx store.Tx) error { return fn(ctx, tx) })
+		err := write(ctx)
 		if err == nil || !store.IsUnavailable(err) {
 			return err
 		}

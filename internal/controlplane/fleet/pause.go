@@ -31,7 +31,7 @@ type PauseOptions struct {
 }
 
 // Pause pauses a running sandbox. One that fails leaves it running.
-func (f *Fleet) Pause(ctx context.Context, by Actor, teamID, id string, o PauseOptions) error {
+func (f *Fleet) Pause(ctx context.Context, by Actor, teamID, id string, o PauseOptions) (db.GetSandboxRow, error) {
 	c := change{by: by, teamID: teamID, id: id, op: o.OperationID, action: "sandbox.pause", from: wrenn.SandboxRunning, via: wrenn.SandboxPausing}
 	return f.change(ctx, c, func(ctx context.Context, t agents.Target, op string) (*agentv1.Sandbox, error) {
 		res, err := f.agents.Service(t).PauseSandbox(ctx, connect.NewRequest(&agentv1.PauseSandboxRequest{
@@ -46,7 +46,7 @@ func (f *Fleet) Pause(ctx context.Context, by Actor, teamID, id string, o PauseO
 
 // Resume lets a paused sandbox run again. One that fails leaves it paused. opID is of a request that may be repeated;
 // "" makes one.
-func (f *Fleet) Resume(ctx context.Context, by Actor, teamID, id, opID string) error {
+func (f *Fleet) Resume(ctx context.Context, by Actor, teamID, id, opID string) (db.GetSandboxRow, error) {
 	c := change{by: by, teamID: teamID, id: id, op: opID, action: "sandbox.resume", from: wrenn.SandboxPaused, via: wrenn.SandboxResuming}
 	return f.change(ctx, c, func(ctx context.Context, t agents.Target, op string) (*agentv1.Sandbox, error) {
 		res, err := f.agents.Service(t).ResumeSandbox(ctx, connect.NewRequest(&agentv1.ResumeSandboxRequest{Id: id, OperationId: op}))
@@ -72,29 +72,32 @@ type change struct {
 
 type ask = func(context.Context, agents.Target, string) (*agentv1.Sandbox, error)
 
-// change has a sandbox's host do one thing to it and writes what the host says came of it.
-func (f *Fleet) change(ctx context.Context, c change, do ask) error {
+// change has a sandbox's host do one thing to it, writes what the host says came of it, and returns that.
+func (f *Fleet) change(ctx context.Context, c change, do ask) (now db.GetSandboxRow, err error) {
 	f.work.Add(1)
 	defer f.work.Done()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), f.times.CreateLimit)
 	defer cancel()
 	c.op = cmp.Or(c.op, wrenn.NewID(wrenn.PrefixOperation))
 	row, err := f.beginChange(ctx, c)
-	if err != nil || row.ID == "" {
-		return err
+	if err != nil {
+		return now, err
+	}
+	if row.ID == "" {
+		return f.Get(ctx, c.teamID, c.id)
 	}
 	stop := f.keepLease(ctx, row)
-	var now *agentv1.Sandbox
+	var told *agentv1.Sandbox
 	o := slow{row.TeamID, row.HostID, row.ID, strings.TrimPrefix(c.action, "sandbox."), row.OperationID}
 	err = f.askShowing(ctx, o, func(ctx context.Context, t agents.Target) error {
-		now, err = do(ctx, t, row.OperationID)
+		told, err = do(ctx, t, row.OperationID)
 		return err
 	})
 	if err == nil {
-		err = f.writeChange(ctx, row, now)
+		now, err = f.writeChange(ctx, row, told)
 		f.fault(o.name, pointWritten)
 		stop()
-		return err
+		return now, err
 	}
 	stop()
 	f.log.Info("a change of a sandbox failed", "sandbox_id", row.ID, "action", c.action, "error", err)
@@ -106,12 +109,17 @@ func (f *Fleet) change(ctx context.Context, c change, do ask) error {
 			f.log.Warn("put off an operation", "sandbox_id", row.ID, "error", err)
 		}
 	}
-	return err
+	return now, err
 }
 
 // beginChange takes the row, and what a resume needs of the host, in one transaction. It gives no row if the
 // operation was done by an attempt before; one that was cut off is taken up again.
 func (f *Fleet) beginChange(ctx context.Context, c change) (row db.Sandbox, err error) {
+	if c.from == wrenn.SandboxRunning && c.also == nil { // a pause of one that runs, as far as is known: nothing has to be decided
+		if row, err = c.begin(ctx, f.store.Team(c.teamID), f.times.Lease); !store.IsNotFound(err) {
+			return row, err
+		}
+	}
 	err = f.store.Tx(ctx, func(tx store.Tx) error {
 		now, err := tx.Team(c.teamID).GetSandbox(ctx, c.id)
 		if store.IsNotFound(err) {
@@ -140,26 +148,23 @@ func (f *Fleet) beginChange(ctx context.Context, c change) (row db.Sandbox, err 
 				return err
 			}
 		}
-		row, err = tx.Team(c.teamID).BeginChange(ctx, db.BeginChangeParams{
-			ID: c.id, Status: string(c.via), FormerStatus: string(c.from), OperationID: c.op, Lease: f.times.Lease,
-		})
+		row, err = c.begin(ctx, tx.Team(c.teamID), f.times.Lease)
 		if store.IsNotFound(err) { // somebody was quicker
 			return wrenn.Errorf(wrenn.KindInvalidState, "the sandbox is changing; try again").With("status", string(c.via))
 		}
-		if err != nil {
+		if err != nil || c.also == nil {
 			return err
 		}
-		if c.also != nil {
-			if err := c.also(ctx, tx); err != nil {
-				return err
-			}
-		}
-		if err := audit(ctx, tx, c.by, &c.teamID, c.action, c.id, nil); err != nil {
-			return err
-		}
-		return event(ctx, tx, "sandbox."+string(c.via), &c.teamID, c.id, nil)
+		return c.also(ctx, tx)
 	})
 	return row, err
+}
+
+func (c change) begin(ctx context.Context, team store.Team, lease time.Duration) (db.Sandbox, error) {
+	return team.BeginChange(ctx, db.BeginChangeParams{
+		ID: c.id, Status: string(c.via), FormerStatus: string(c.from), OperationID: c.op, Lease: lease,
+		ActorType: c.by.Type, ActorID: c.by.ID, RequestID: c.by.RequestID, Action: c.action,
+	})
 }
 
 // reserveAgain checks that a paused sandbox's host has room for it to run: paused it takes disk only. The
@@ -187,22 +192,24 @@ func (f *Fleet) reserveAgain(ctx context.Context, tx store.Tx, row db.Sandbox) e
 	return nil
 }
 
-// writeChange writes what the host says of a sandbox whose row waits for it.
-func (f *Fleet) writeChange(ctx context.Context, row db.Sandbox, now *agentv1.Sandbox) error {
-	o := observe(now)
+// writeChange writes what the host says of a sandbox whose row waits for it, and returns what then is known.
+func (f *Fleet) writeChange(ctx context.Context, row db.Sandbox, told *agentv1.Sandbox) (now db.GetSandboxRow, err error) {
+	o := observe(told)
 	if o.State == wrenn.SandboxRunning || o.LastActiveAt.IsZero() {
 		o.LastActiveAt = time.Now() // a resume is an activity
 	}
-	return f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
-		_, err := tx.SettleChange(ctx, db.SettleChangeParams{
+	err = f.persist(ctx, func(ctx context.Context) error {
+		settled, err := f.store.SettleChange(ctx, db.SettleChangeParams{
 			ID: row.ID, OperationID: row.OperationID, Status: string(o.State), Reason: ptrOrNil(o.Reason), Revision: int64(o.Revision),
 			LastActiveAt: &o.LastActiveAt, DurableAt: o.DurableAt, Needs: o.Needs,
 		})
-		if err != nil {
-			return ignoreNotFound(err) // the host's own report of it was quicker, or it is being deleted
-		}
-		return event(ctx, tx, "sandbox."+string(o.State), &row.TeamID, row.ID, nil)
+		now = db.GetSandboxRow{Sandbox: db.Sandbox(settled), HostOnline: true} // it has just answered
+		return err
 	})
+	if store.IsNotFound(err) { // the host's own report of it was quicker, or it is being deleted
+		return f.Get(ctx, row.TeamID, row.ID)
+	}
+	return now, err
 }
 
 // settleChange finds out what became of a change whose answer was not heard.
@@ -217,7 +224,8 @@ func (f *Fleet) settleChange(ctx context.Context, row db.Sandbox) error {
 	if s := protoStates[now.GetState()]; s != wrenn.SandboxRunning && s != wrenn.SandboxPaused {
 		return wrenn.Errorf(wrenn.KindConflict, "the host is still at it")
 	}
-	return f.writeChange(ctx, row, now)
+	_, err = f.writeChange(ctx, row, now)
+	return err
 }
 
 // askSandbox asks a row's host for the sandbox.
@@ -281,7 +289,7 @@ func (f *Fleet) wake(ctx context.Context, by Actor, teamID, id string) error {
 		}
 		switch state := wrenn.SandboxState(row.Sandbox.Status); {
 		case state == wrenn.SandboxPaused && row.Sandbox.AutoResume:
-			if err = f.Resume(ctx, by, teamID, id, ""); wrenn.KindOf(err) != wrenn.KindInvalidState {
+			if _, err = f.Resume(ctx, by, teamID, id, ""); wrenn.KindOf(err) != wrenn.KindInvalidState {
 				return err
 			}
 			if now, again := f.Get(ctx, teamID, id); again == nil && now.Sandbox.Status == string(wrenn.SandboxPaused) {

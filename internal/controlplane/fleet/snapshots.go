@@ -139,7 +139,7 @@ func nameTaken(name string) error {
 // finishSnapshot writes what a host saved and gives it its name. The one that had the name before is found no more, and
 // goes when no sandbox made from it is left.
 func (f *Fleet) finishSnapshot(ctx context.Context, c *agentv1.Checkpoint, overwrite bool) error {
-	return f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
+	return f.persistTx(ctx, func(ctx context.Context, tx store.Tx) error {
 		row, err := tx.SnapshotByID(ctx, c.GetId())
 		if err != nil || row.Status != momentSaving || row.DeletedAt != nil {
 			return ignoreNotFound(err) // somebody else was quicker
@@ -247,7 +247,7 @@ func (f *Fleet) removeSnapshot(ctx context.Context, hostID, id string, retryFor 
 		return err
 	}
 	f.fault("delete_snapshot", pointAsked)
-	return f.persist(ctx, func(ctx context.Context, tx store.Tx) error {
+	return f.persistTx(ctx, func(ctx context.Context, tx store.Tx) error {
 		row, err := tx.FinishDeleteSnapshot(ctx, id)
 		if err != nil {
 			return ignoreNotFound(err)

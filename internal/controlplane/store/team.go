@@ -100,10 +100,12 @@ func (t Team) BeginDelete(ctx context.Context, p db.BeginDeleteParams) (db.Sandb
 	return t.q.BeginDelete(ctx, p)
 }
 
-// BeginChange takes a sandbox for a pause or resume; IsNotFound says that it is not in the state for it.
+// BeginChange takes a sandbox for a pause or resume; IsNotFound says that it is not in the state for it, or its host is
+// not online.
 func (t Team) BeginChange(ctx context.Context, p db.BeginChangeParams) (db.Sandbox, error) {
 	p.TeamID = t.id
-	return t.q.BeginChange(ctx, p)
+	row, err := t.q.BeginChange(ctx, p)
+	return db.Sandbox(row), err
 }
 
 // InsertCheckpoint tells whether there was room for it and its name was free.

@@ -674,12 +674,18 @@ func (q *Queries) SandboxesOfHost(ctx context.Context, arg SandboxesOfHostParams
 }
 
 const settleChange = `-- name: SettleChange :one
-UPDATE sandboxes SET status = $1, reason = $2, revision = $3,
-    last_active_at = greatest(last_active_at, $4), missing_since = NULL,
-    durable_at = $5, needs = $6, operation_until = NULL, updated_at = now()
-WHERE id = $7 AND operation_id = $8 AND deleted_at IS NULL
-  AND (status IN ('pausing', 'resuming') AND revision <= $3 OR status IN ('running', 'paused') AND revision < $3)
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
+WITH settled AS (
+    UPDATE sandboxes SET status = $1, reason = $2, revision = $3,
+        last_active_at = greatest(sandboxes.last_active_at, $4), missing_since = NULL,
+        durable_at = $5, needs = $6, operation_until = NULL, updated_at = now()
+    WHERE sandboxes.id = $7 AND sandboxes.operation_id = $8 AND sandboxes.deleted_at IS NULL
+      AND (sandboxes.status IN ('pausing', 'resuming') AND sandboxes.revision <= $3
+        OR sandboxes.status IN ('running', 'paused') AND sandboxes.revision < $3)
+    RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
+), told AS (
+    INSERT INTO events (type, team_id, subject) SELECT 'sandbox.' || settled.status, settled.team_id, settled.id FROM settled
+)
+SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot FROM settled
 `
 
 type SettleChangeParams struct {
@@ -693,8 +699,45 @@ type SettleChangeParams struct {
 	OperationID  string
 }
 
-// Writes what a host says became of a pause or resume, whether or not that is news.
-func (q *Queries) SettleChange(ctx context.Context, arg SettleChangeParams) (Sandbox, error) {
+type SettleChangeRow struct {
+	ID              string
+	TeamID          string
+	HostID          string
+	Name            *string
+	Status          string
+	Reason          *string
+	Template        string
+	DefaultUser     string
+	VCPUs           int32
+	MemoryMB        int32
+	DiskMB          int32
+	TimeoutSec      int32
+	OnTimeout       string
+	Metadata        json.RawMessage
+	CreateEnv       json.RawMessage
+	Revision        int64
+	OperationID     string
+	OperationUntil  *time.Time
+	CleanupPending  bool
+	MissingSince    *time.Time
+	CreatedBy       string
+	CreatedAt       time.Time
+	StartedAt       *time.Time
+	LastActiveAt    *time.Time
+	UpdatedAt       time.Time
+	DeletedAt       *time.Time
+	KillOperationID *string
+	AutoResume      bool
+	Cold            bool
+	DurableAt       *time.Time
+	Needs           json.RawMessage
+	FromSandbox     *string
+	FromCheckpoint  *string
+	FromSnapshot    *string
+}
+
+// Writes what a host says became of a pause or resume, whether or not that is news, with its event.
+func (q *Queries) SettleChange(ctx context.Context, arg SettleChangeParams) (SettleChangeRow, error) {
 	row := q.db.QueryRow(ctx, settleChange,
 		arg.Status,
 		arg.Reason,
@@ -705,7 +748,7 @@ func (q *Queries) SettleChange(ctx context.Context, arg SettleChangeParams) (San
 		arg.ID,
 		arg.OperationID,
 	)
-	var i Sandbox
+	var i SettleChangeRow
 	err := row.Scan(
 		&i.ID,
 		&i.TeamID,

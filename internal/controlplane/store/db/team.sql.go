@@ -12,9 +12,18 @@ import (
 )
 
 const beginChange = `-- name: BeginChange :one
-UPDATE sandboxes SET status = $1, operation_id = $2, operation_until = now() + $3::interval, updated_at = now()
-WHERE team_id = $4 AND id = $5 AND deleted_at IS NULL AND status = $6
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
+WITH taken AS (
+    UPDATE sandboxes SET status = $1, operation_id = $2, operation_until = now() + $3::interval, updated_at = now()
+    WHERE sandboxes.team_id = $4 AND sandboxes.id = $5 AND sandboxes.deleted_at IS NULL AND sandboxes.status = $6
+      AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.status = 'online' AND hosts.deleted_at IS NULL)
+    RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
+), audited AS (
+    INSERT INTO audit_log (actor_type, actor_id, team_id, action, subject, request_id)
+    SELECT $7, $8, taken.team_id, $9, taken.id, $10 FROM taken
+), told AS (
+    INSERT INTO events (type, team_id, subject) SELECT 'sandbox.' || taken.status, taken.team_id, taken.id FROM taken
+)
+SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot FROM taken
 `
 
 type BeginChangeParams struct {
@@ -24,10 +33,51 @@ type BeginChangeParams struct {
 	TeamID       string
 	ID           string
 	FormerStatus string
+	ActorType    string
+	ActorID      string
+	Action       string
+	RequestID    string
 }
 
-// Takes a sandbox for a pause or resume.
-func (q *Queries) BeginChange(ctx context.Context, arg BeginChangeParams) (Sandbox, error) {
+type BeginChangeRow struct {
+	ID              string
+	TeamID          string
+	HostID          string
+	Name            *string
+	Status          string
+	Reason          *string
+	Template        string
+	DefaultUser     string
+	VCPUs           int32
+	MemoryMB        int32
+	DiskMB          int32
+	TimeoutSec      int32
+	OnTimeout       string
+	Metadata        json.RawMessage
+	CreateEnv       json.RawMessage
+	Revision        int64
+	OperationID     string
+	OperationUntil  *time.Time
+	CleanupPending  bool
+	MissingSince    *time.Time
+	CreatedBy       string
+	CreatedAt       time.Time
+	StartedAt       *time.Time
+	LastActiveAt    *time.Time
+	UpdatedAt       time.Time
+	DeletedAt       *time.Time
+	KillOperationID *string
+	AutoResume      bool
+	Cold            bool
+	DurableAt       *time.Time
+	Needs           json.RawMessage
+	FromSandbox     *string
+	FromCheckpoint  *string
+	FromSnapshot    *string
+}
+
+// Takes a sandbox whose host is online for a pause or resume, and tells the audit log and the events, in one statement.
+func (q *Queries) BeginChange(ctx context.Context, arg BeginChangeParams) (BeginChangeRow, error) {
 	row := q.db.QueryRow(ctx, beginChange,
 		arg.Status,
 		arg.OperationID,
@@ -35,8 +85,12 @@ func (q *Queries) BeginChange(ctx context.Context, arg BeginChangeParams) (Sandb
 		arg.TeamID,
 		arg.ID,
 		arg.FormerStatus,
+		arg.ActorType,
+		arg.ActorID,
+		arg.Action,
+		arg.RequestID,
 	)
-	var i Sandbox
+	var i BeginChangeRow
 	err := row.Scan(
 		&i.ID,
 		&i.TeamID,

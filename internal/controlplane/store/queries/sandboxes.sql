@@ -72,13 +72,19 @@ WHERE id = @id AND host_id = @host_id AND deleted_at IS NULL
        OR status = 'paused' AND revision = @revision AND durable_at IS DISTINCT FROM sqlc.narg('durable_at'));
 
 -- name: SettleChange :one
--- Writes what a host says became of a pause or resume, whether or not that is news.
-UPDATE sandboxes SET status = @status, reason = sqlc.narg('reason'), revision = @revision,
-    last_active_at = greatest(last_active_at, sqlc.narg('last_active_at')), missing_since = NULL,
-    durable_at = sqlc.narg('durable_at'), needs = sqlc.narg('needs'), operation_until = NULL, updated_at = now()
-WHERE id = @id AND operation_id = @operation_id AND deleted_at IS NULL
-  AND (status IN ('pausing', 'resuming') AND revision <= @revision OR status IN ('running', 'paused') AND revision < @revision)
-RETURNING *;
+-- Writes what a host says became of a pause or resume, whether or not that is news, with its event.
+WITH settled AS (
+    UPDATE sandboxes SET status = @status, reason = sqlc.narg('reason'), revision = @revision,
+        last_active_at = greatest(sandboxes.last_active_at, sqlc.narg('last_active_at')), missing_since = NULL,
+        durable_at = sqlc.narg('durable_at'), needs = sqlc.narg('needs'), operation_until = NULL, updated_at = now()
+    WHERE sandboxes.id = @id AND sandboxes.operation_id = @operation_id AND sandboxes.deleted_at IS NULL
+      AND (sandboxes.status IN ('pausing', 'resuming') AND sandboxes.revision <= @revision
+        OR sandboxes.status IN ('running', 'paused') AND sandboxes.revision < @revision)
+    RETURNING *
+), told AS (
+    INSERT INTO events (type, team_id, subject) SELECT 'sandbox.' || settled.status, settled.team_id, settled.id FROM settled
+)
+SELECT * FROM settled;
 
 -- name: MarkMissing :execrows
 UPDATE sandboxes SET missing_since = now(), reason = @reason, updated_at = now()

@@ -109,10 +109,19 @@ WHERE team_id = @team_id AND id = @id AND deleted_at IS NULL
 RETURNING *;
 
 -- name: BeginChange :one
--- Takes a sandbox for a pause or resume.
-UPDATE sandboxes SET status = @status, operation_id = @operation_id, operation_until = now() + @lease::interval, updated_at = now()
-WHERE team_id = @team_id AND id = @id AND deleted_at IS NULL AND status = @former_status
-RETURNING *;
+-- Takes a sandbox whose host is online for a pause or resume, and tells the audit log and the events, in one statement.
+WITH taken AS (
+    UPDATE sandboxes SET status = @status, operation_id = @operation_id, operation_until = now() + @lease::interval, updated_at = now()
+    WHERE sandboxes.team_id = @team_id AND sandboxes.id = @id AND sandboxes.deleted_at IS NULL AND sandboxes.status = @former_status
+      AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.status = 'online' AND hosts.deleted_at IS NULL)
+    RETURNING *
+), audited AS (
+    INSERT INTO audit_log (actor_type, actor_id, team_id, action, subject, request_id)
+    SELECT @actor_type, @actor_id, taken.team_id, @action, taken.id, @request_id FROM taken
+), told AS (
+    INSERT INTO events (type, team_id, subject) SELECT 'sandbox.' || taken.status, taken.team_id, taken.id FROM taken
+)
+SELECT * FROM taken;
 
 -- name: InsertCheckpoint :execrows
 -- Not if the name is taken or the sandbox has as many as it may.
