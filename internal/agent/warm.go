@@ -313,8 +313,8 @@ func (s *Sandboxes) makeReady(ctx context.Context, sh shape) (ready *readyVM, er
 	return v, s.driver.Pause(ctx, v.handle)
 }
 
-// rehearse has a guest without identity do what comes first in every sandbox: answer, and run a command. It
-// leaves nothing but what is in the guest's caches.
+// rehearse has a guest without identity do what comes first in every sandbox: answer, run a command, and stand still for
+// a pause. It leaves nothing but what is in the guest's caches, and processes frozen until Init.
 func rehearse(ctx context.Context, client *guest.Client) error {
 	if err := client.WaitReady(ctx, nil); err != nil {
 		return err
@@ -328,7 +328,10 @@ func rehearse(ctx context.Context, client *guest.Client) error {
 	}
 	for stream.Receive() { // until it has ended
 	}
-	return errors.Join(stream.Err(), stream.Close())
+	if err := errors.Join(stream.Err(), stream.Close()); err != nil {
+		return err
+	}
+	return client.Freeze(ctx, "")
 }
 
 func (v *readyVM) machine() machine { return machine(filepath.Join(v.dir, machineDir)) }

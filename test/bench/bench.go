@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -52,7 +53,32 @@ func (b *bench) prepare(ctx context.Context, template string, memoryMB int32) er
 		return err
 	}
 	b.prepared[key] = true
-	return b.remove(ctx, sb)
+	return errors.Join(b.remove(ctx, sb), b.awaitReadyVMs(ctx))
+}
+
+// restsFor is longer than the agent takes for one more ready VM.
+const restsFor = 4 * time.Second
+
+// awaitReadyVMs waits until the agent makes no more VMs ready: that is what a host is like that had a moment's rest.
+func (b *bench) awaitReadyVMs(ctx context.Context) error {
+	known, since := map[string]bool{}, time.Now()
+	for time.Since(since) < restsFor {
+		entries, err := os.ReadDir(filepath.Join(b.volume(), "warm"))
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			if !known[e.Name()] {
+				known[e.Name()], since = true, time.Now()
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(restsFor / 20):
+		}
+	}
+	return nil
 }
 
 func (b *bench) create(ctx context.Context, template string, memoryMB int32) (*wrenn.Sandbox, error) {

@@ -38,19 +38,39 @@ func (r results) add(output string) (done bool) {
 	return done
 }
 
-// settled is the pattern of a suite's tests that need not be run again, "" if there are none.
+// count is how many tests and parts of tests have ended.
+func (r results) count() (n int) {
+	for _, suite := range r {
+		n += len(suite)
+	}
+	return n
+}
+
+// settled is the pattern of a suite's tests, and of the parts of tests that were cut off, that need not be run again; ""
+// if there are none.
 func (r results) settled(suite string) string {
-	var names []string
+	var patterns []string
 	for name := range r[suite] {
-		if !strings.Contains(name, "/") {
-			names = append(names, regexp.QuoteMeta(name))
+		if !r.within(suite, name) {
+			levels := strings.Split(name, "/")
+			for i := range levels {
+				levels[i] = "^" + regexp.QuoteMeta(levels[i]) + "$"
+			}
+			patterns = append(patterns, strings.Join(levels, "/"))
 		}
 	}
-	slices.Sort(names)
-	if len(names) == 0 {
-		return ""
+	slices.Sort(patterns)
+	return strings.Join(patterns, "|")
+}
+
+// within tells whether a test is a part of one that has ended.
+func (r results) within(suite, name string) bool {
+	for at := strings.LastIndexByte(name, '/'); at > 0; at = strings.LastIndexByte(name[:at], '/') {
+		if _, ended := r[suite][name[:at]]; ended {
+			return true
+		}
 	}
-	return "^(" + strings.Join(names, "|") + ")$"
+	return false
 }
 
 // passed are the tests of a program's output that did.

@@ -50,11 +50,14 @@ func TestReportFailsForWhatDidNotRun(t *testing.T) {
 func TestATryGoesOnWhereTheLastOneHung(t *testing.T) {
 	t.Parallel()
 	r := results{}
-	if r.add("=== suite conformance\n--- PASS: TestA (1.0s)\n    --- PASS: TestA/one (0.1s)\n--- FAIL: TestB (1.0s)\n=== RUN   TestC\n") {
+	if r.add("=== suite conformance\n--- PASS: TestA (1.0s)\n    --- PASS: TestA/one (0.1s)\n--- FAIL: TestB (1.0s)\n=== RUN   TestC\n--- PASS: TestC/it's (1.0s)\n=== RUN   TestC/more\n") {
 		t.Error("a try that hung is at its end")
 	}
-	if got := r.settled("conformance"); got != "^(TestA|TestB)$" {
+	if got := r.settled("conformance"); got != "^TestA$|^TestB$|^TestC$/^it's$" {
 		t.Errorf("the next try leaves out %q", got)
+	}
+	if got := quoted("it's"); got != `'it'\''s'` {
+		t.Errorf("the shell is told %s", got)
 	}
 	if got := r.settled("e2e"); got != "" {
 		t.Errorf("of a suite that did not begin, the next try leaves out %q", got)
@@ -62,7 +65,7 @@ func TestATryGoesOnWhereTheLastOneHung(t *testing.T) {
 	if !r.add(logs("--- PASS: TestB (1.0s)\n--- PASS: TestC (1.0s)\n")) {
 		t.Error("the second try has no end")
 	}
-	want := map[string][]string{"conformance": {"TestA", "TestA/one", "TestC"}}
+	want := map[string][]string{"conformance": {"TestA", "TestA/one", "TestC", "TestC/it's"}}
 	if err := r.report(want, time.Second); err == nil || !strings.Contains(err.Error(), "1 failed") || r["conformance"]["TestB"] != "FAIL" {
 		t.Errorf("what failed in the first try is forgotten: %v, %v", err, r)
 	}

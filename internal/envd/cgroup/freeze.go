@@ -68,13 +68,15 @@ func (t *Tree) Freeze(ctx context.Context, mode Mode, limit int, wait time.Durat
 			break
 		}
 		res.Visited++
-		switch frozen, err := readFlag(filepath.Join(dir, "cgroup.freeze"), ""); {
-		case err != nil:
-			res.Failed++
-			continue
-		case frozen && !t.frozen[dir]:
-			res.PreFrozen++
-			continue
+		if mode == Hierarchy { // in the groups made here nobody else has a say
+			switch frozen, err := readFlag(filepath.Join(dir, "cgroup.freeze"), ""); {
+			case err != nil:
+				res.Failed++
+				continue
+			case frozen && !t.frozen[dir]:
+				res.PreFrozen++
+				continue
+			}
 		}
 		if os.WriteFile(filepath.Join(dir, "cgroup.freeze"), []byte("1"), 0) != nil {
 			res.Failed++

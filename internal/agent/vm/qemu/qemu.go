@@ -43,6 +43,7 @@ type Driver struct {
 	caps    vm.Capabilities
 
 	shared   sharedMemory
+	lines    lines
 	mu       sync.Mutex
 	consoles map[vmproc.Process]bool // VMs whose console is being read
 }
@@ -134,15 +135,17 @@ func (d *Driver) Destroy(ctx context.Context, h vm.Handle) error {
 	return removeSockets(h.Socket)
 }
 
-// talk connects to a VM's monitor.
+// talk has a VM's monitor talked to.
 func (d *Driver) talk(ctx context.Context, h vm.Handle, fn func(*monitor) error) error {
 	refused := func(err error) bool { return errors.As(err, new(*qmpError)) }
-	return process(h).Talk(ctx, refused, func() error {
-		m, err := connect(ctx, h.Socket)
-		if err != nil {
-			return err
+	return process(h).Talk(ctx, refused, func() (err error) {
+		m := d.lines.take(*process(h))
+		defer func() { d.lines.put(*process(h), m, err == nil) }()
+		if m == nil {
+			if m, err = connect(ctx, h.Socket); err != nil {
+				return err
+			}
 		}
-		defer m.close()
 		return fn(m)
 	})
 }

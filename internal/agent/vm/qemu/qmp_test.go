@@ -4,14 +4,22 @@ package qemu
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
+	"github.com/wrenn-sandbox/wrenn/internal/agent/vm/vmproc"
 )
 
 const greeting = `{"QMP":{"version":{},"capabilities":[]}}`
@@ -161,4 +169,57 @@ func FuzzStateHeader(f *testing.F) {
 			t.Errorf("the header of %q ends at %d", b, n)
 		}
 	})
+}
+
+func TestAConnectionIsKeptForWhatComesNext(t *testing.T) {
+	t.Parallel()
+	var connected atomic.Int32
+	socket := serveQMP(t, greeting, func(line string) string {
+		switch {
+		case strings.Contains(line, "qmp_capabilities"):
+			connected.Add(1)
+		case strings.Contains(line, "no"):
+			return `{"error":{"class":"GenericError","desc":"no"}}`
+		}
+		return `{"return":{}}`
+	})
+	boot, err := vmproc.BootID()
+	stat, statErr := os.ReadFile("/proc/self/stat")
+	if err := errors.Join(err, statErr); err != nil {
+		t.Fatal(err)
+	}
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:])) // from the third of proc(5) on
+	started, err := strconv.ParseUint(fields[22-3], 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := New(Verdict{KVM: true}, Options{})
+	h := vm.Handle{Socket: socket, PID: os.Getpid(), StartTime: started, BootID: boot}
+	say := func(command string) func(*monitor) error {
+		return func(m *monitor) error { return m.execute(t.Context(), command, nil, nil) }
+	}
+	for i, step := range []struct {
+		command string
+		refused bool
+		total   int32
+	}{{"stop", false, 1}, {"cont", false, 1}, {"no", true, 1}, {"stop", false, 2}} {
+		err := d.talk(t.Context(), h, say(step.command))
+		if (err != nil) != step.refused || connected.Load() != step.total {
+			t.Fatalf("step %d, %s: %v, %d connections so far", i, step.command, err, connected.Load())
+		}
+	}
+	// One that another waits for is not kept: QEMU serves one at a time.
+	other := make(chan error, 1)
+	err = d.talk(t.Context(), h, func(m *monitor) error {
+		go func() { other <- d.talk(t.Context(), h, say("stop")) }()
+		for waits := false; !waits; runtime.Gosched() {
+			d.lines.mu.Lock()
+			waits = d.lines.of[*process(h)].users == 2
+			d.lines.mu.Unlock()
+		}
+		return say("stop")(m)
+	})
+	if err := errors.Join(err, <-other); err != nil {
+		t.Error(err)
+	}
 }
