@@ -306,6 +306,9 @@ func (s *Sandboxes) makeReady(ctx context.Context, sh shape) (ready *readyVM, er
 	if err := rehearse(ctx, client); err != nil {
 		return nil, err
 	}
+	if err := client.Freeze(ctx, ""); err != nil { // as before a pause; Init lets go
+		return nil, err
+	}
 	// Names for now, which nobody sees: the sandbox's own follow before anything else runs.
 	if err := client.Init(ctx, "", s.identity(&record{Hostname: "ready", MachineID: guest.NewMachineID(), DiskMB: sh.diskMB})); err != nil {
 		return nil, err
@@ -313,8 +316,8 @@ func (s *Sandboxes) makeReady(ctx context.Context, sh shape) (ready *readyVM, er
 	return v, s.driver.Pause(ctx, v.handle)
 }
 
-// rehearse has a guest without identity do what comes first in every sandbox: answer, run a command, and stand still for
-// a pause. It leaves nothing but what is in the guest's caches, and processes frozen until Init.
+// rehearse has a guest without identity do what comes first in every sandbox: answer, and run a command. It
+// leaves nothing but what is in the guest's caches.
 func rehearse(ctx context.Context, client *guest.Client) error {
 	if err := client.WaitReady(ctx, nil); err != nil {
 		return err
@@ -328,10 +331,7 @@ func rehearse(ctx context.Context, client *guest.Client) error {
 	}
 	for stream.Receive() { // until it has ended
 	}
-	if err := errors.Join(stream.Err(), stream.Close()); err != nil {
-		return err
-	}
-	return client.Freeze(ctx, "")
+	return errors.Join(stream.Err(), stream.Close())
 }
 
 func (v *readyVM) machine() machine { return machine(filepath.Join(v.dir, machineDir)) }
