@@ -121,10 +121,10 @@ func (s *Sandboxes) greet(ctx context.Context, sb *sandbox) error {
 	client, gone := sb.guest, sb.gone
 	sb.mu.Unlock()
 	step(ctx, stepGuest)
-	if err := client.WaitReady(ctx, gone); err != nil {
+	rec := sb.snapshot()
+	if err := client.WaitHeld(ctx, rec.AccessToken, gone); err != nil {
 		return err
 	}
-	rec := sb.snapshot()
 	id := s.identity(&rec)
 	if sb.remembers {
 		id = guest.Identity{Token: rec.NextToken}

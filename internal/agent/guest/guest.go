@@ -207,6 +207,22 @@ func (c *Client) ThawFS(ctx context.Context, token string) error {
 // WaitReady returns when envd answers /health. It tries again at short intervals until ctx ends;
 // gone, if closed, says that the VM ended and waiting is useless.
 func (c *Client) WaitReady(ctx context.Context, gone <-chan struct{}) error {
+	return c.wait(ctx, gone, func(ctx context.Context) error { return c.do(ctx, http.MethodGet, "/health", "", nil) })
+}
+
+// WaitHeld is WaitReady for a guest whose user processes are to stand still until Init: that they do is the first thing
+// it is asked for. They do so already in one that was saved by a pause, and what its next pause takes is then in memory.
+// A guest that knows another token has answered, too.
+func (c *Client) WaitHeld(ctx context.Context, token string, gone <-chan struct{}) error {
+	return c.wait(ctx, gone, func(ctx context.Context) error {
+		if err := c.Freeze(ctx, token); !errors.Is(err, errRefused) {
+			return err
+		}
+		return nil
+	})
+}
+
+func (c *Client) wait(ctx context.Context, gone <-chan struct{}, ask func(context.Context) error) error {
 	tick := time.NewTimer(0)
 	defer tick.Stop()
 	var last error
@@ -218,7 +234,7 @@ func (c *Client) WaitReady(ctx context.Context, gone <-chan struct{}) error {
 			return wrenn.Wrap(last, wrenn.KindAgentError, "the sandbox's virtual machine ended before it was ready")
 		case <-tick.C:
 		}
-		if last = c.health(ctx); last == nil {
+		if last = c.attempt(ctx, ask); last == nil {
 			return nil
 		}
 		tick.Reset(5 * time.Millisecond)
@@ -228,17 +244,20 @@ func (c *Client) WaitReady(ctx context.Context, gone <-chan struct{}) error {
 // dialLimit is the key of a context's limit for making a connection.
 type dialLimit struct{}
 
-func (c *Client) health(ctx context.Context) error {
+func (c *Client) attempt(ctx context.Context, ask func(context.Context) error) error {
 	// A guest that is still booting drops packets: a short limit for the connection makes the next attempt come
 	// soon. One that was just restored answers late, because the host is busy: asking again would cost it more.
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	return c.do(context.WithValue(ctx, dialLimit{}, 250*time.Millisecond), http.MethodGet, "/health", "", nil)
+	return ask(context.WithValue(ctx, dialLimit{}, 250*time.Millisecond))
 }
 
 func (c *Client) post(ctx context.Context, path, token string, body []byte) error {
 	return c.do(ctx, http.MethodPost, path, token, body)
 }
+
+// errRefused is in the errors of calls that the guest answered, but would not do.
+var errRefused = errors.New("refused")
 
 // callTimeout bounds a call of an internal route: what it does in the guest takes milliseconds.
 const callTimeout = 30 * time.Second
@@ -266,7 +285,7 @@ func (c *Client) do(ctx context.Context, method, path, token string, body []byte
 		return wrenn.Wrap(err, wrenn.KindAgentError, "the sandbox's guest agent broke off its answer")
 	}
 	if res.StatusCode >= 300 {
-		return wrenn.Wrap(fmt.Errorf("%s %s: %s: %s", method, path, res.Status, text), wrenn.KindAgentError,
+		return wrenn.Wrap(fmt.Errorf("%w: %s %s: %s: %s", errRefused, method, path, res.Status, text), wrenn.KindAgentError,
 			"the sandbox's guest agent refused a request of its host")
 	}
 	return nil
