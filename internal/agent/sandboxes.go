@@ -242,7 +242,7 @@ func (s *Sandboxes) create(ctx context.Context, sb *sandbox, find findOrigin) (e
 
 // begin gives a new sandbox its first VM: one that is ready, or a clone that is started now.
 func (s *Sandboxes) begin(ctx context.Context, sb *sandbox, from origin, u *undo.Stack) error {
-	defer s.warm.begin(0)()
+	defer s.warm.begin(s.warm.afterCreate(from.machine))()
 	if v := s.takeReady(ctx, from, sb.snapshot()); v != nil {
 		err := s.claim(ctx, sb, v)
 		if err == nil {

@@ -92,9 +92,18 @@ func (p *warmPool) take(sh shape) (v *readyVM, soon <-chan *readyVM, drop []*rea
 	return v, soon, drop
 }
 
-// lull is how long after an operation other than a create the next one is to be expected. A create leaves a gap in
-// the pool, so what it took is replaced at once.
+// lull is how long after an operation the next one is to be expected, or the first command of a new sandbox.
 const lull = 300 * time.Millisecond
+
+// afterCreate is the lull after a create. What it takes is replaced at once when half of the pool is gone.
+func (p *warmPool) afterCreate(template machine) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.ready[template]) <= max(p.size/2, 1) {
+		return 0
+	}
+	return lull
+}
 
 // begin notes an operation, which may be followed by another within the lull; the returned function notes its end,
 // and has replaced what it took.

@@ -126,6 +126,20 @@ func TestReadyVMsAreMadeWhenCreatesLeaveTime(t *testing.T) {
 	})
 }
 
+func TestWhatCreatesTakeIsReplacedAtOnceWhenFewAreLeft(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		size, ready int
+		want        time.Duration
+	}{{1, 1, 0}, {2, 2, lull}, {2, 1, 0}, {16, 9, lull}, {16, 8, 0}, {16, 0, 0}, {0, 0, 0}} {
+		p := newWarmPool(c.size)
+		p.ready["t"] = make([]*readyVM, c.ready)
+		if got := p.afterCreate("t"); got != c.want {
+			t.Errorf("with %d of %d ready a create is followed by a lull of %v, want %v", c.ready, c.size, got, c.want)
+		}
+	}
+}
+
 func TestAReadyVMBecomesASandbox(t *testing.T) {
 	cfg := testConfig(t)
 	cfg.WarmVMs = 1

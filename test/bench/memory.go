@@ -135,7 +135,7 @@ func (c *clones) grow(ctx context.Context, n int) error {
 			}
 		}
 	}
-	return pause(ctx, settleBefore)
+	return c.b.awaitReadyVMs(ctx)
 }
 
 func (c *clones) remove(ctx context.Context) error {

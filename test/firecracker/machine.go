@@ -49,7 +49,7 @@ const (
 	machineCPUs     = 2
 	machineStretch  = 8
 	machineTries    = 3                // in a row that bring no test to its end
-	silence         = 45 * time.Second // without a sign of life, after which the machine hangs
+	silence         = 90 * time.Second // without a sign of life, after which the machine hangs
 	standstill      = 6 * time.Minute  // without a word of the tests, after which they do
 	rootSize        = "16G"            // sparse: sandboxes are on it
 	packages        = "linux-image-cloud-amd64,kmod,udev,iproute2,nftables,xfsprogs,e2fsprogs,postgresql,redis-server,procps,sudo"
