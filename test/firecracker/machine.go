@@ -45,7 +45,7 @@ func quoted(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) +
 
 // What the emulated machine is like. A test there takes five to twenty times as long as on the host itself.
 const (
-	machineMemoryMB = 3072
+	machineMemoryMB = 6144
 	machineCPUs     = 2
 	machineStretch  = 8
 	machineTries    = 3                // in a row that bring no test to its end

@@ -143,7 +143,7 @@ func (in inputs) stage(ctx context.Context, dir string) error {
 	}
 	copies := [][2]string{
 		{filepath.Join(in.bin, "."), "builds"}, {filepath.Join(filepath.Dir(in.kernel), "."), "kernels"},
-		{filepath.Join(in.images, "minimal.ext4"), "images/"}, {filepath.Join(in.images, "minimal.json"), "images/"},
+		{filepath.Join(in.images, "."), "images"},
 	}
 	for i, pair := range binaries() {
 		copies = append(copies, [2]string{pair[0], fmt.Sprintf("firecracker/firecracker-%d", i)}, [2]string{pair[1], fmt.Sprintf("firecracker/jailer-%d", i)})
