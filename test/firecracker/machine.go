@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -221,6 +222,7 @@ type watched struct {
 	timer *time.Timer
 	text  strings.Builder
 	show  io.Writer // shows instead of keeping, but for the signs of life
+	end   []byte    // of what was shown, in which a sign of life may have begun
 }
 
 func watch(limit time.Duration, complain func()) *watched {
@@ -231,10 +233,15 @@ func watch(limit time.Duration, complain func()) *watched {
 const signOfLife = "alive\r\n"
 
 func (w *watched) Write(b []byte) (int, error) {
-	w.timer.Reset(w.limit)
 	if w.show == nil {
+		w.timer.Reset(w.limit)
 		return w.text.Write(b)
 	}
+	// Nothing else counts: a kernel whose processes are stuck goes on complaining. It comes in any pieces.
+	if w.end = append(w.end, b...); bytes.Contains(w.end, []byte(signOfLife)) {
+		w.timer.Reset(w.limit)
+	}
+	w.end = slices.Clone(w.end[max(0, len(w.end)-len(signOfLife)+1):])
 	if _, err := w.show.Write(bytes.ReplaceAll(b, []byte(signOfLife), nil)); err != nil {
 		return 0, err
 	}

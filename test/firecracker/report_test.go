@@ -3,8 +3,10 @@
 package main
 
 import (
+	"io"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -69,4 +71,24 @@ func TestATryGoesOnWhereTheLastOneHung(t *testing.T) {
 	if err := r.report(want, time.Second); err == nil || !strings.Contains(err.Error(), "1 failed") || r["conformance"]["TestB"] != "FAIL" {
 		t.Errorf("what failed in the first try is forgotten: %v, %v", err, r)
 	}
+}
+
+func TestOnlyASignOfLifeCounts(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const limit = time.Minute
+		silent := make(chan time.Time, 1)
+		w := watch(limit, func() { silent <- time.Now() })
+		w.show = io.Discard
+		for _, piece := range []string{"BUG: soft lockup\r\n", "ali", "ve\r", "\nBUG", ": soft lockup\r\n", "a live\r\n"} {
+			time.Sleep(limit / 8)
+			if _, err := w.Write([]byte(piece)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		alive := time.Now().Add(-2 * limit / 8) // the fourth of six pieces
+		if after := (<-silent).Sub(alive); after != limit {
+			t.Errorf("silent %v after the sign of life", after)
+		}
+	})
 }
