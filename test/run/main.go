@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"github.com/wrenn-sandbox/wrenn/internal/localstack"
@@ -53,11 +54,26 @@ func run(ctx context.Context, args []string) (ok bool, err error) {
 	}
 	r := newReport(os.Stdout)
 	for _, module := range modules {
+		if !has(module, args) {
+			continue
+		}
 		if err := test(ctx, module, args, r); err != nil {
 			return false, err
 		}
 	}
 	return r.close(), ctx.Err()
+}
+
+// has tells whether a module has the packages that arguments name one by one.
+func has(module string, args []string) bool {
+	for _, arg := range args {
+		if path, ok := strings.CutPrefix(arg, "./"); ok && !strings.HasSuffix(path, "...") {
+			if _, err := os.Stat(filepath.Join(module, path)); err != nil {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 // servers starts what no variable names already.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"slices"
 	"strings"
 	"testing"
 )
@@ -42,5 +43,28 @@ func TestReport(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestModulesWithoutANamedPackageAreLeftOut(t *testing.T) {
+	t.Chdir("../..")
+	for _, c := range []struct {
+		args string
+		want []string
+	}{
+		{"-timeout 30m ./...", modules},
+		{"-run TestX ./test/chaos", []string{"."}},
+		{"./test/chaos ./internal/agent", []string{"."}},
+		{"./nowhere", nil},
+	} {
+		var got []string
+		for _, m := range modules {
+			if has(m, strings.Fields(c.args)) {
+				got = append(got, m)
+			}
+		}
+		if !slices.Equal(got, c.want) {
+			t.Errorf("%s: %q, want %q", c.args, got, c.want)
+		}
 	}
 }
