@@ -78,6 +78,7 @@ func (b *bench) measureForks(ctx context.Context, restored sample) (err error) {
 	defer func() { err = errors.Join(err, b.remove(ctx, sb)) }()
 	for _, n := range []int{10, 50} {
 		var all []float64
+		var own float64
 		for i := range checkpointRuns {
 			if i > 0 && b.enough(fewestRuns) {
 				break
@@ -87,6 +88,9 @@ func (b *bench) measureForks(ctx context.Context, restored sample) (err error) {
 				children, err = sb.Fork(ctx, api.ForkRequest{Count: int32(n)})
 				return err
 			})
+			if err == nil && children[0].Sandbox != nil {
+				own, err = ownMB(ctx, children[0].Sandbox)
+			}
 			_, removed := together(len(children), func(i int) (struct{}, error) {
 				if children[i].Sandbox == nil {
 					return struct{}{}, children[i].Err
@@ -100,8 +104,15 @@ func (b *bench) measureForks(ctx context.Context, restored sample) (err error) {
 		}
 		floor := restored.times(n)
 		b.add(fmt.Sprintf("fork into %d, beside %d restores", n, n), "ms", summarize(all...), &floor, atMostTimes(0.5))
+		b.add("  of one child: bytes on disk of its own", "MB", summarize(own), nil, nil)
 	}
 	return nil
+}
+
+// ownMB is what a sandbox's disk and memory take that nothing else shares, its checkpoints aside.
+func ownMB(ctx context.Context, sb *wrenn.Sandbox) (float64, error) {
+	u, err := sb.Storage(ctx)
+	return float64(u.Disk.OwnBytes+u.Memory.OwnBytes) / (1 << 20), err
 }
 
 func (b *bench) measureCheckpoints(ctx context.Context, restored sample) (err error) {
@@ -123,7 +134,7 @@ func (b *bench) measureCheckpoints(ctx context.Context, restored sample) (err er
 
 func (b *bench) checkpoint(ctx context.Context, sb *wrenn.Sandbox, dirtyMB int, restored sample) error {
 	var saved, back, written []float64
-	var own float64
+	var own, after float64
 	for range checkpointRuns {
 		if err := makeDirty(ctx, sb, dirtyMB); err != nil {
 			return err
@@ -138,6 +149,9 @@ func (b *bench) checkpoint(ctx context.Context, sb *wrenn.Sandbox, dirtyMB int, 
 			return err
 		}
 		back = append(back, took)
+		if after, err = ownMB(ctx, sb); err != nil {
+			return err
+		}
 		if err := sb.DeleteCheckpoint(ctx, c.ID); err != nil {
 			return err
 		}
@@ -150,6 +164,7 @@ func (b *bench) checkpoint(ctx context.Context, sb *wrenn.Sandbox, dirtyMB int, 
 	b.add(fmt.Sprintf("checkpoint, %d MB more dirty, beside a durable write of them", dirtyMB), "ms", summarize(saved...), &floor, nil)
 	b.add("  of it: bytes on disk of its own", "MB", summarize(own), nil, nil)
 	b.add(fmt.Sprintf("rollback, %d MB more dirty, beside a restore", dirtyMB), "ms", summarize(back...), &restored, nil)
+	b.add("  after it: bytes on disk of the sandbox's own", "MB", summarize(after), nil, nil)
 	return nil
 }
 
