@@ -72,10 +72,8 @@ func (b *bench) awaitReadyVMs(ctx context.Context) error {
 				known[e.Name()], since = true, time.Now()
 			}
 		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(restsFor / 20):
+		if err := pause(ctx, restsFor/20); err != nil {
+			return err
 		}
 	}
 	return nil

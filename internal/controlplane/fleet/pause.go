@@ -97,6 +97,9 @@ func (f *Fleet) change(ctx context.Context, c change, do ask) (now db.GetSandbox
 		now, err = f.writeChange(ctx, row, told)
 		f.fault(o.name, pointWritten)
 		stop()
+		if store.IsNotFound(err) {
+			return f.Get(ctx, row.TeamID, row.ID)
+		}
 		return now, err
 	}
 	stop()
@@ -115,7 +118,7 @@ func (f *Fleet) change(ctx context.Context, c change, do ask) (now db.GetSandbox
 // beginChange takes the row, and what a resume needs of the host, in one transaction. It gives no row if the
 // operation was done by an attempt before; one that was cut off is taken up again.
 func (f *Fleet) beginChange(ctx context.Context, c change) (row db.Sandbox, err error) {
-	if c.from == wrenn.SandboxRunning && c.also == nil { // a pause of one that runs, as far as is known: nothing has to be decided
+	if c.from == wrenn.SandboxRunning && c.also == nil { // it runs, as far as is known: nothing else has to be decided
 		if row, err = c.begin(ctx, f.store.Team(c.teamID), f.times.Lease); !store.IsNotFound(err) {
 			return row, err
 		}
@@ -192,7 +195,8 @@ func (f *Fleet) reserveAgain(ctx context.Context, tx store.Tx, row db.Sandbox) e
 	return nil
 }
 
-// writeChange writes what the host says of a sandbox whose row waits for it, and returns what then is known.
+// writeChange writes what the host says of a sandbox whose row waits for it, and returns what then is known. IsNotFound
+// says that it does not wait any more: the host's own report was quicker, or it is being deleted.
 func (f *Fleet) writeChange(ctx context.Context, row db.Sandbox, told *agentv1.Sandbox) (now db.GetSandboxRow, err error) {
 	o := observe(told)
 	if o.State == wrenn.SandboxRunning || o.LastActiveAt.IsZero() {
@@ -206,9 +210,6 @@ func (f *Fleet) writeChange(ctx context.Context, row db.Sandbox, told *agentv1.S
 		now = db.GetSandboxRow{Sandbox: db.Sandbox(settled), HostOnline: true} // it has just answered
 		return err
 	})
-	if store.IsNotFound(err) { // the host's own report of it was quicker, or it is being deleted
-		return f.Get(ctx, row.TeamID, row.ID)
-	}
 	return now, err
 }
 
@@ -225,7 +226,7 @@ func (f *Fleet) settleChange(ctx context.Context, row db.Sandbox) error {
 		return wrenn.Errorf(wrenn.KindConflict, "the host is still at it")
 	}
 	_, err = f.writeChange(ctx, row, now)
-	return err
+	return ignoreNotFound(err)
 }
 
 // askSandbox asks a row's host for the sandbox.
