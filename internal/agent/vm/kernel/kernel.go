@@ -18,8 +18,8 @@ import (
 	"path/filepath"
 
 	"github.com/klauspost/compress/zstd"
+	"github.com/mikelolasagasti/xz"
 	"github.com/pierrec/lz4/v4"
-	"github.com/ulikunitz/xz"
 
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
@@ -27,8 +27,7 @@ import (
 const (
 	maxImage   = 256 << 20 // of a bzImage, in bytes
 	maxVmlinux = 1 << 30   // of what is in it
-	maxWindow  = 128 << 20 // of zstd, as the kernel build uses at most
-	minDict    = 64 << 10  // of xz; a stream says itself if it needs more
+	maxWindow  = 128 << 20 // of zstd and xz, as the kernel build uses at most
 )
 
 // Offsets in a bzImage, from the Linux/x86 boot protocol (Documentation/arch/x86/boot.rst).
@@ -163,7 +162,13 @@ func decompress(payload []byte) (io.Reader, error) {
 		z.Multistream(false)
 		return z, nil
 	case bytes.HasPrefix(payload, []byte("\xfd7zXZ\x00")):
-		return xz.ReaderConfig{SingleStream: true, DictCap: minDict}.NewReader(bytes.NewReader(body))
+		// With the filter for x86 code (BCJ), which most libraries leave out and kernels of distributions use.
+		z, err := xz.NewReader(bytes.NewReader(body), maxWindow)
+		if err != nil {
+			return nil, fmt.Errorf("xz: %w", err)
+		}
+		z.Multistream(false)
+		return z, nil
 	case bytes.HasPrefix(payload, []byte("\x28\xb5\x2f\xfd")):
 		return zstd.NewReader(bytes.NewReader(body), zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxVmlinux), zstd.WithDecoderMaxWindow(maxWindow))
 	case bytes.HasPrefix(payload, []byte("\x02\x21\x4c\x18")):

@@ -3,6 +3,7 @@ package kernel
 import (
 	"bytes"
 	"compress/gzip"
+	_ "embed"
 	"encoding/binary"
 	"io"
 	"os"
@@ -12,13 +13,18 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
-	"github.com/ulikunitz/xz"
 
 	"github.com/wrenn-sandbox/wrenn/internal/wrenn"
 )
 
-// vmlinux is what the images below hold.
-var vmlinux = append([]byte("\x7fELF"), bytes.Repeat([]byte("kernel "), 300)...)
+// vmlinux is what the images below hold: some of it is calls, as in machine code of x86.
+var vmlinux = append([]byte("\x7fELF"), bytes.Repeat([]byte("kernel \xe8\x05\x01\x00\x00"), 300)...)
+
+// vmlinuxXZ is vmlinux as the kernel's build packs it (scripts/xz_wrap.sh), with calls made absolute:
+// xz --check=crc32 --x86 --lzma2=dict=32MiB
+//
+//go:embed testdata/vmlinux.xz
+var vmlinuxXZ []byte
 
 // compressors make payloads as the kernel's build does: gzip as it is, the others with the size behind.
 func compressors(t testing.TB) map[string][]byte {
@@ -40,7 +46,7 @@ func compressors(t testing.TB) map[string][]byte {
 	}
 	return map[string][]byte{
 		"gzip": pack(func(w io.Writer) (io.WriteCloser, error) { return gzip.NewWriter(w), nil }),
-		"xz":   sized(pack(func(w io.Writer) (io.WriteCloser, error) { return xz.NewWriter(w) })),
+		"xz":   sized(bytes.Clone(vmlinuxXZ)),
 		"zstd": sized(pack(func(w io.Writer) (io.WriteCloser, error) { return zstd.NewWriter(w) })),
 		"lz4": sized(pack(func(w io.Writer) (io.WriteCloser, error) {
 			z := lz4.NewWriter(w)
