@@ -43,7 +43,7 @@ type opened struct {
 	memory         int
 	kernel, initrd int
 	tap            int
-	state          int // positioned at QEMU's own data
+	state          int // a pipe with QEMU's own data
 	disks          []int
 }
 

@@ -193,29 +193,57 @@ func (m *monitor) load(ctx context.Context, fd int) error {
 	}
 }
 
-// openState opens the snapshot's state, checks that it fits this VM, and leaves the file at QEMU's stream.
+// openState opens the snapshot's state, checks that it fits this VM, and hands QEMU its stream.
 func (s *starting) openState(o *opened) error {
 	f, err := os.Open(s.cfg.Restore.State)
 	if err != nil {
 		return vm.FileError(err, "the snapshot's state")
 	}
-	o.state = s.inherit.add(f)
+	length, err := s.fits(f)
+	if err == nil {
+		_, err = f.Seek(int64(length), io.SeekStart)
+	}
+	if err == nil {
+		o.state, err = s.stream(f)
+	}
+	if err != nil {
+		f.Close()
+	}
+	return err
+}
+
+// stream hands QEMU what is left of a file through a pipe: since version 9.1 it wants no descriptor of a file. The file is
+// closed when QEMU has read it all, or ended.
+func (s *starting) stream(f *os.File) (fd int, err error) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return -1, err
+	}
+	go func() {
+		defer f.Close()
+		defer w.Close()
+		_, _ = io.Copy(w, f) // of a stream cut off QEMU says so
+	}()
+	return s.inherit.add(r), nil
+}
+
+// fits checks that a state is of a VM like this, and tells where QEMU's stream begins.
+func (s *starting) fits(f *os.File) (length int, err error) {
 	b := make([]byte, headerLimit)
 	n, err := f.ReadAt(b, 0)
 	if err != nil && !errors.Is(err, io.EOF) {
-		return fmt.Errorf("read the state: %w", err)
+		return 0, fmt.Errorf("read the state: %w", err)
 	}
 	got, length, err := parseHeader(b[:n])
 	if err != nil {
-		return wrenn.Wrap(err, wrenn.KindInvalidRequest, "the snapshot's state file is damaged, or was not made by this driver")
+		return 0, wrenn.Wrap(err, wrenn.KindInvalidRequest, "the snapshot's state file is damaged, or was not made by this driver")
 	}
 	if want := s.driver.header(s.cfg.VCPUs, s.cfg.MemoryMB, len(s.cfg.Disks)); !got.fits(want) {
-		return wrenn.Wrap(fmt.Errorf("it is of %+v, the VM is %+v", got, want), wrenn.KindInvalidRequest,
+		return 0, wrenn.Wrap(fmt.Errorf("it is of %+v, the VM is %+v", got, want), wrenn.KindInvalidRequest,
 			"the snapshot does not fit: it needs QEMU %s (%s), %d vCPUs, %d MiB, %d disks; restore it on a host and with a size like that",
 			got.Version, got.CPUModel, got.VCPUs, got.MemoryMB, got.Disks)
 	}
-	_, err = f.Seek(int64(length), io.SeekStart)
-	return err
+	return length, nil
 }
 
 // parseHeader returns the header and its length in the file.

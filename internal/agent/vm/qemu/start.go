@@ -143,12 +143,25 @@ func (s *starting) growDisks(ctx context.Context, m *monitor) error {
 		if disk.GrowTo <= info.Size() {
 			continue
 		}
+		if err := m.activateDisks(ctx); err != nil {
+			return err
+		}
 		args := map[string]any{"node-name": diskNode(i), "size": disk.GrowTo}
 		if err := m.execute(ctx, "block_resize", args, nil); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// activateDisks makes the disks of a VM that was loaded, and has not run, QEMU's own, as resizing wants since version 10.
+func (m *monitor) activateDisks(ctx context.Context) error {
+	err := m.execute(ctx, "blockdev-set-active", map[string]any{"active": true}, nil)
+	var refused *qmpError
+	if errors.As(err, &refused) && refused.Class == "CommandNotFound" {
+		return nil
+	}
+	return err
 }
 
 func (s *starting) undo() error {
