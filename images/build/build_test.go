@@ -5,10 +5,12 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/json"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -184,6 +186,42 @@ func TestHooksWriteIntoTheTreeOnly(t *testing.T) {
 	}
 	if downloads != 1 {
 		t.Errorf("%d downloads", downloads)
+	}
+}
+
+// Debian 13 compresses its modules and has them below /usr. They are those of the kernel beside, so what is asked for is there.
+func TestCompressedModulesComeAfterWhatTheyNeed(t *testing.T) {
+	t.Parallel()
+	kernels := filepath.Dir(os.Getenv("WRENN_TEST_KERNEL"))
+	raw, err := os.ReadFile(filepath.Join(kernels, "kernel.json"))
+	if err != nil {
+		t.Skipf("needs a guest kernel: run `make images`, and set WRENN_TEST_KERNEL to its vmlinuz: %v", err)
+	}
+	var have kernelInfo
+	if err := json.Unmarshal(raw, &have); err != nil {
+		t.Fatal(err)
+	}
+	root := t.TempDir()
+	dir := filepath.Join(root, "usr/lib/modules/6.12")
+	if err := os.CopyFS(dir, os.DirFS(filepath.Join(kernels, "modules"))); err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob(filepath.Join(dir, "*.ko"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("xz", files...).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	modules, err := resolveModules(t.Context(), root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, path := range modules {
+		modules[i] = filepath.Base(path)
+	}
+	if !slices.Equal(modules, have.Modules) {
+		t.Errorf("got  %v\nwant %v", modules, have.Modules)
 	}
 }
 

@@ -9,20 +9,24 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 )
 
-// kernelPackage depends on the newest kernel for virtual machines in Debian.
-const kernelPackage = "linux-image-cloud-"
+// kernelPackage depends on Debian's newest kernel. It is the flavour for every machine, not the smaller one for clouds, which
+// leaves out CONFIG_VMGENID (docs/security.md).
+const kernelPackage = "linux-image-"
 
 // guestModules are what a guest needs before it has its root file system; their dependencies are added.
 // Drivers that a hypervisor does not offer devices for do nothing.
 func guestModules() []string {
-	return []string{"virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon"}
+	return []string{"ext4", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon"}
 }
+
+// checksums are what ext4 asks the kernel for by another name, which is then to be there. Which there are depends on the
+// processor.
+func checksums() []string { return []string{"crc32c_generic", "crc32c_intel"} }
 
 // kernelInfo is kept beside the kernel as kernel.json.
 type kernelInfo struct {
@@ -42,21 +46,22 @@ func (b *builder) kernel(ctx context.Context) (kernelInfo, error) {
 			return have, nil
 		}
 	}
-	arch, err := output(ctx, "dpkg", "--print-architecture")
-	if err != nil {
-		return have, err
-	}
 	tmp, err := os.MkdirTemp(b.kernels, "tmp-")
 	if err != nil {
 		return have, err
 	}
 	defer os.RemoveAll(tmp)
-	pkg, err := kernelDependency(ctx, kernelPackage+strings.TrimSpace(arch))
+	apt, err := openArchive(ctx, filepath.Join(tmp, "apt"))
+	if err != nil {
+		return have, err
+	}
+	b.step("look for Debian's kernel in %s", apt.suite)
+	pkg, err := apt.kernel(ctx)
 	if err != nil {
 		return have, err
 	}
 	b.step("download %s", pkg)
-	deb, version, err := download(ctx, tmp, pkg)
+	deb, version, err := apt.download(ctx, pkg)
 	if err != nil {
 		return have, err
 	}
@@ -64,16 +69,59 @@ func (b *builder) kernel(ctx context.Context) (kernelInfo, error) {
 		return have, err
 	}
 	info := kernelInfo{Package: pkg, Version: version, Inputs: inputs}
-	if info.Modules, err = installKernel(filepath.Join(tmp, "root"), b.kernels); err != nil {
+	if info.Modules, err = installKernel(ctx, filepath.Join(tmp, "root"), b.kernels); err != nil {
 		return have, err
 	}
 	b.step("kernel %s %s with %d modules", pkg, version, len(info.Modules))
 	return info, writeJSON(metaPath, info)
 }
 
-// kernelDependency is the package with the kernel that the meta package stands for.
-func kernelDependency(ctx context.Context, meta string) (string, error) {
-	out, err := output(ctx, "apt-cache", "depends", "--no-recommends", "--no-suggests", meta)
+// aptArchive is Debian's, as images have it, whatever apt on this machine is set up for.
+type aptArchive struct {
+	dir, suite, config string
+}
+
+// openArchive reads what is in the archive; dir is for its lists and for what is downloaded.
+func openArchive(ctx context.Context, dir string) (aptArchive, error) {
+	src, err := hostSource(ctx)
+	if err != nil {
+		return aptArchive{}, err
+	}
+	a := aptArchive{dir: dir, suite: src.suite, config: filepath.Join(dir, "apt.conf")}
+	for _, sub := range []string{"etc", "lists/partial", "cache/archives/partial"} {
+		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
+			return aptArchive{}, err
+		}
+	}
+	options := append([]string{
+		fmt.Sprintf(`Dir::Etc %q`, filepath.Join(dir, "etc")), fmt.Sprintf(`Dir::State::lists %q`, filepath.Join(dir, "lists")),
+		fmt.Sprintf(`Dir::Cache %q`, filepath.Join(dir, "cache")), `Dir::State::status "/dev/null"`, `APT::Sandbox::User ""`,
+		`Acquire::Languages "none"`,
+	}, src.options...)
+	err = errors.Join(
+		os.WriteFile(a.config, []byte(strings.Join(options, ";\n")+";\n"), 0o600),
+		os.WriteFile(filepath.Join(dir, "etc/sources.list"), []byte(strings.Join(src.lines, "\n")+"\n"), 0o600),
+	)
+	if err != nil {
+		return aptArchive{}, err
+	}
+	_, err = a.run(ctx, "apt-get", "update", "-q")
+	return a, err
+}
+
+// run runs one of apt's programs on the archive.
+func (a aptArchive) run(ctx context.Context, name string, args ...string) (string, error) {
+	return output(ctx, "env", append([]string{"--chdir=" + a.dir, "APT_CONFIG=" + a.config, name}, args...)...)
+}
+
+// kernel is the package that kernelPackage stands for.
+func (a aptArchive) kernel(ctx context.Context) (string, error) {
+	arch, err := output(ctx, "dpkg", "--print-architecture")
+	if err != nil {
+		return "", err
+	}
+	meta := kernelPackage + strings.TrimSpace(arch)
+	out, err := a.run(ctx, "apt-cache", "depends", "--no-recommends", "--no-suggests", meta)
 	if err != nil {
 		return "", err
 	}
@@ -82,16 +130,14 @@ func kernelDependency(ctx context.Context, meta string) (string, error) {
 			return "linux-image-" + dep, nil
 		}
 	}
-	return "", fmt.Errorf("package %s is not known to apt; run `apt-get update`, or set AGENT_KERNEL_PATH to a kernel of your own", meta)
+	return "", fmt.Errorf("there is no package %s in Debian %s", meta, a.suite)
 }
 
-func download(ctx context.Context, dir, pkg string) (file, version string, err error) {
-	cmd := exec.CommandContext(ctx, "apt-get", "download", "-q", pkg)
-	cmd.Dir = dir
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", "", fmt.Errorf("apt-get download %s: %w\n%s", pkg, err, out)
+func (a aptArchive) download(ctx context.Context, pkg string) (file, version string, err error) {
+	if _, err := a.run(ctx, "apt-get", "download", "-q", pkg); err != nil {
+		return "", "", err
 	}
-	debs, err := filepath.Glob(filepath.Join(dir, pkg+"_*.deb"))
+	debs, err := filepath.Glob(filepath.Join(a.dir, pkg+"_*.deb"))
 	if err != nil || len(debs) != 1 {
 		return "", "", fmt.Errorf("apt-get download %s left no package", pkg)
 	}
@@ -100,12 +146,12 @@ func download(ctx context.Context, dir, pkg string) (file, version string, err e
 }
 
 // installKernel puts the kernel and the modules that guests need from an unpacked package into dir.
-func installKernel(root, dir string) ([]string, error) {
+func installKernel(ctx context.Context, root, dir string) ([]string, error) {
 	kernels, err := filepath.Glob(filepath.Join(root, "boot/vmlinuz-*"))
 	if err != nil || len(kernels) != 1 {
 		return nil, errors.New("the package holds no kernel")
 	}
-	modules, err := resolveModules(filepath.Join(root, "lib/modules"), guestModules())
+	modules, err := resolveModules(ctx, root)
 	if err != nil {
 		return nil, err
 	}
@@ -123,12 +169,12 @@ func installKernel(root, dir string) ([]string, error) {
 	return names, os.Rename(kernels[0], filepath.Join(dir, "vmlinuz"))
 }
 
-// resolveModules gives the files of the wanted modules and of all that they depend on, each after its
+// resolveModules gives the files of the modules that guests need and of all that these depend on, each after its
 // dependencies.
-func resolveModules(dir string, wanted []string) ([]string, error) {
+func resolveModules(ctx context.Context, root string) ([]string, error) {
 	files := map[string]string{}
-	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if name, ok := strings.CutSuffix(d.Name(), ".ko"); err == nil && ok {
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if name, ok := strings.CutSuffix(strings.TrimSuffix(d.Name(), packed), ".ko"); err == nil && ok {
 			files[moduleName(name)] = path
 		}
 		return err
@@ -137,14 +183,20 @@ func resolveModules(dir string, wanted []string) ([]string, error) {
 		return nil, err
 	}
 	var order []string
+	done := map[string]bool{}
 	var visit func(name string) error
 	visit = func(name string) error {
+		if done[name] {
+			return nil
+		}
+		done[name] = true
 		path, ok := files[name]
 		if !ok {
 			return fmt.Errorf("module %s is not in the kernel package", name)
 		}
-		if slices.Contains(order, path) {
-			return nil
+		path, err := unpack(ctx, path)
+		if err != nil {
+			return err
 		}
 		deps, err := moduleDepends(path)
 		if err != nil {
@@ -158,12 +210,25 @@ func resolveModules(dir string, wanted []string) ([]string, error) {
 		order = append(order, path)
 		return nil
 	}
-	for _, name := range wanted {
+	there := func(name string) bool { return files[name] != "" }
+	for _, name := range append(slices.DeleteFunc(checksums(), func(name string) bool { return !there(name) }), guestModules()...) {
 		if err := visit(name); err != nil {
 			return nil, err
 		}
 	}
 	return order, nil
+}
+
+// packed is how the names of compressed modules end, as from Debian 13 on.
+const packed = ".xz"
+
+func unpack(ctx context.Context, path string) (string, error) {
+	plain, ok := strings.CutSuffix(path, packed)
+	if !ok {
+		return path, nil
+	}
+	_, err := output(ctx, "xz", "--decompress", path)
+	return plain, err
 }
 
 func moduleName(s string) string { return strings.ReplaceAll(s, "-", "_") }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -172,6 +173,28 @@ func TestWithoutItsJailerOnlyIfAllowed(t *testing.T) {
 	cfg.Restore = &saved
 	b = l.start(t, cfg)
 	b.says("check", "6 24")
+}
+
+// TestARestoredKernelLearnsThatItIsACopy: Firecracker renews the VM generation id, at which the guest's kernel reseeds.
+func TestARestoredKernelLearnsThatItIsACopy(t *testing.T) {
+	l := newLab(t)
+	cfg := l.Config(t)
+	saved := vm.SnapshotFiles{State: filepath.Join(cfg.Dir, "saved.state"), Memory: cfg.MemoryFile}
+	for round := range 3 {
+		b := l.start(t, cfg)
+		b.until("copies that the kernel knows of", func() (string, bool) {
+			answer, err := l.Ask(b.ctx, cfg, "copies")
+			if err != nil {
+				t.Fatal(err)
+			}
+			return answer, answer == strconv.Itoa(round)
+		})
+		if err := errors.Join(b.d.Pause(b.ctx, b.h), b.d.Snapshot(b.ctx, b.h, saved)); err != nil {
+			t.Fatal(err)
+		}
+		b.destroy()
+		cfg.Restore = &saved
+	}
 }
 
 // TestResumeTakesTheVersionThatSaved needs two releases in the directory.
