@@ -154,8 +154,8 @@ type SnapshotFiles struct {
 	Memory string // RAM, raw, MemoryMB MiB
 	Driver string // that made them, Capabilities.Driver; for Drivers to choose by
 
-	// Progress, if not nil, is told by Snapshot how much of the RAM it has gone through, in bytes, where the
-	// driver can say. It must return at once.
+	// Progress, if not nil, is told by Snapshot now and then how much of the RAM it has gone through, in bytes. It
+	// must return at once.
 	Progress func(done, total int64) `json:"-"`
 }
 

@@ -12,6 +12,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -90,7 +92,10 @@ func (d *Driver) snapshot(ctx context.Context, c *client, h vm.Handle, dst vm.Sn
 			_, _ = os.Remove(state.Name()), os.Remove(memory)
 		}
 	}()
-	if err := c.do(ctx, snapshotDiff(), nil); err != nil {
+	told := tellProgress(h, dst.Progress)
+	err = c.do(ctx, snapshotDiff(), nil)
+	told()
+	if err != nil {
 		return diskFull(err, filepath.Dir(h.Memory))
 	}
 	if err := d.writeState(h, state); err != nil {
@@ -105,6 +110,60 @@ func (d *Driver) snapshot(ctx context.Context, c *client, h vm.Handle, dst vm.Sn
 		}
 	}
 	return vm.FileError(os.Rename(state.Name(), dst.State), "the snapshot")
+}
+
+// progressEvery is how often it is looked how far Firecracker has got, which does not tell.
+const progressEvery = 100 * time.Millisecond
+
+// tellProgress tells how much of the RAM Firecracker has gone through, until done is called.
+func tellProgress(h vm.Handle, tell func(done, total int64)) (done func()) {
+	if tell == nil {
+		return func() {}
+	}
+	total := int64(h.MemoryMB) << 20
+	tell(0, total)
+	end := make(chan struct{})
+	var telling sync.WaitGroup
+	telling.Go(func() {
+		every := time.NewTicker(progressEvery)
+		defer every.Stop()
+		for {
+			select {
+			case <-end:
+				return
+			case <-every.C:
+				if at, ok := writesAt(h.PID, memoryPath); ok {
+					tell(min(at, total), total)
+				}
+			}
+		}
+	})
+	return func() { close(end); telling.Wait() }
+}
+
+// writesAt is the offset at which a process writes to a file that it has open for that, under the name that it has for it
+// (proc(5), /proc/PID/fdinfo).
+func writesAt(pid int, path string) (int64, bool) {
+	dir := fmt.Sprintf("/proc/%d", pid)
+	fds, err := os.ReadDir(dir + "/fd")
+	if err != nil {
+		return 0, false // it has ended
+	}
+	for _, fd := range fds {
+		if link, err := os.Readlink(dir + "/fd/" + fd.Name()); err != nil || link != path {
+			continue
+		}
+		info, err := os.ReadFile(dir + "/fdinfo/" + fd.Name())
+		var at int64
+		var flags int
+		if err != nil {
+			continue
+		}
+		if _, err := fmt.Sscanf(string(info), "pos:\t%d\nflags:\t%o", &at, &flags); err == nil && flags&unix.O_ACCMODE != unix.O_RDONLY {
+			return at, true
+		}
+	}
+	return 0, false
 }
 
 // writeState makes a state file of what Firecracker wrote in its jail.

@@ -183,3 +183,28 @@ func TestOnlyRestoredVMsOfNewReleasesHaveAPageServer(t *testing.T) {
 		}
 	}
 }
+
+func TestWhereAProcessWrites(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "memory")
+	to, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer to.Close()
+	from, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer from.Close()
+	if _, err := to.Write(make([]byte, 12345)); err != nil {
+		t.Fatal(err)
+	}
+	if at, ok := writesAt(os.Getpid(), path); !ok || at != 12345 {
+		t.Errorf("%d, %v", at, ok)
+	}
+	to.Close()
+	if at, ok := writesAt(os.Getpid(), path); ok {
+		t.Errorf("a file that is only read is written at %d", at)
+	}
+}

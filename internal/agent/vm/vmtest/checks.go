@@ -233,7 +233,18 @@ func (s *suite) goesOn(t *testing.T) {
 		r.expect("fill "+seed+" 24", "ok")
 		r.pause()
 		snaps = append(snaps, r.files(seed))
-		r.snapshot(snaps[len(snaps)-1])
+		seen := int64(-1)
+		to := snaps[len(snaps)-1]
+		to.Progress = func(done, total int64) {
+			if done < seen || done > total || total != int64(r.cfg.MemoryMB)<<20 {
+				t.Errorf("a snapshot that had gone through %d bytes tells %d of %d", seen, done, total)
+			}
+			seen = done
+		}
+		r.snapshot(to)
+		if seen < 0 {
+			t.Error("a snapshot told nothing")
+		}
 		r.resume()
 	}
 	r.expect("check", "51 24")

@@ -191,6 +191,9 @@ func (d fake) Snapshot(ctx context.Context, h vm.Handle, dst vm.SnapshotFiles) e
 		if err := os.WriteFile(dst.State, b, 0o600); err != nil {
 			return errors.Join(wrenn.Wrap(err, wrenn.KindInternal, "cannot write the state"), os.Remove(dst.Memory))
 		}
+		if size := int64(m.cfg.MemoryMB) << 20; dst.Progress != nil {
+			dst.Progress(size, size)
+		}
 		return nil
 	})
 }
