@@ -20,6 +20,7 @@
 package vm
 
 import (
+	"cmp"
 	"context"
 	"strings"
 	"time"
@@ -65,7 +66,7 @@ type Driver interface {
 // the control plane.
 type Capabilities struct {
 	Driver       string // "qemu", "firecracker"
-	Version      string // of the VMM, e.g. "7.2.22"
+	Version      string // of the VMM, as far as snapshots depend on it, e.g. "7.2"
 	Acceleration string // "kvm", "tcg"
 	Arch         string // as GOARCH
 	CPUModel     string // what a snapshot needs of the CPU, e.g. "tcg-max", "host:GenuineIntel-6-143"
@@ -79,11 +80,13 @@ func (c Capabilities) Own() Capabilities {
 	return c
 }
 
-// Of is what a running VM has of c: those of its hypervisor in its version.
+// Of is what a running VM has of c: those of its hypervisor in its version, which may be one that is not here any more.
 func (c Capabilities) Of(h Handle) Capabilities {
 	for _, one := range append([]Capabilities{c}, c.Others...) {
-		if one.Driver == h.Driver && (h.VMMVersion == "" || h.VMMVersion == one.Version) {
-			return one.Own()
+		if one.Driver == h.Driver {
+			one = one.Own()
+			one.Version = cmp.Or(h.VMMVersion, one.Version)
+			return one
 		}
 	}
 	return c.Own()
@@ -177,7 +180,7 @@ type Handle struct {
 	Console   string    `json:"console"` // Config.Console
 	Cgroup    string    `json:"cgroup"`
 	StartedAt time.Time `json:"started_at"`
-	// VMMVersion is that of the running VMM, where there may be several: what a snapshot of this VM needs.
+	// VMMVersion is that of the running VMM, as in Capabilities: what a snapshot of this VM needs.
 	VMMVersion string `json:"vmm_version,omitempty"`
 	// The process that serves the VM's memory, of the same boot, where there is one: neither outlives the other.
 	PagerPID       int    `json:"pager_pid,omitempty"`

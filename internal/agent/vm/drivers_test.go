@@ -47,6 +47,7 @@ func TestEachVMStaysWithItsDriver(t *testing.T) {
 	}
 	for handle, want := range map[Handle]string{
 		{Driver: "second"}: "7", {Driver: "first", VMMVersion: "1"}: "1", {Driver: "first"}: "2",
+		{Driver: "first", VMMVersion: "0"}: "0", // replaced on the host while the VM runs
 	} {
 		if got := caps.Of(handle); got.Version != want {
 			t.Errorf("%+v has %+v, want version %s", handle, got, want)

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"log/slog"
 	"runtime"
+	"strings"
 	"sync"
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
@@ -63,13 +64,20 @@ func New(verdict Verdict, opts Options) *Driver {
 	}
 	d := &Driver{verdict: verdict, opts: opts, consoles: map[vmproc.Process]bool{}}
 	d.caps = vm.Capabilities{
-		Driver: Name, Version: verdict.Version, Acceleration: "tcg", CPUModel: "tcg-max",
+		Driver: Name, Version: series(verdict.Version), Acceleration: "tcg", CPUModel: "tcg-max",
 		Arch: runtime.GOARCH,
 	}
 	if verdict.KVM {
 		d.caps.Acceleration, d.caps.CPUModel = "kvm", probe.HostCPU()
 	}
 	return d
+}
+
+// series is what device state depends on: QEMU's stable releases (7.2.1, 7.2.2 …) take each other's, so that a host's
+// updates leave saved machines as they are.
+func series(version string) string {
+	parts := strings.SplitN(version, ".", 3)
+	return strings.Join(parts[:min(2, len(parts))], ".")
 }
 
 // Capabilities implements vm.Driver.

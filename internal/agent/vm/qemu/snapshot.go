@@ -4,6 +4,7 @@ package qemu
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -45,9 +46,9 @@ func (h stateHeader) fits(want stateHeader) bool {
 	return h == want && max(off, -off) <= limit
 }
 
-func (d *Driver) header(vcpus, memoryMB, disks int) stateHeader {
+func (d *Driver) header(version string, vcpus, memoryMB, disks int) stateHeader {
 	h := stateHeader{
-		Version: d.caps.Version, Arch: d.caps.Arch, CPUModel: d.caps.CPUModel, VCPUs: vcpus, MemoryMB: memoryMB, Disks: disks,
+		Version: version, Arch: d.caps.Arch, CPUModel: d.caps.CPUModel, VCPUs: vcpus, MemoryMB: memoryMB, Disks: disks,
 	}
 	if !d.verdict.KVM {
 		h.TSCkHz = d.verdict.TSCkHz
@@ -122,7 +123,7 @@ const (
 // without what an incoming migration expects around it: a configuration before and a description behind.
 // RAM is no part of it, and a stream without RAM leaves the RAM of the VM that loads it as it is.
 func (d *Driver) writeState(ctx context.Context, m *monitor, h vm.Handle, state io.Writer) error {
-	header, err := json.Marshal(d.header(h.VCPUs, h.MemoryMB, h.Disks))
+	header, err := json.Marshal(d.header(cmp.Or(h.VMMVersion, d.caps.Version), h.VCPUs, h.MemoryMB, h.Disks))
 	if err != nil {
 		return err
 	}
@@ -238,7 +239,7 @@ func (s *starting) fits(f *os.File) (length int, err error) {
 	if err != nil {
 		return 0, wrenn.Wrap(err, wrenn.KindInvalidRequest, "the snapshot's state file is damaged, or was not made by this driver")
 	}
-	if want := s.driver.header(s.cfg.VCPUs, s.cfg.MemoryMB, len(s.cfg.Disks)); !got.fits(want) {
+	if want := s.driver.header(s.driver.caps.Version, s.cfg.VCPUs, s.cfg.MemoryMB, len(s.cfg.Disks)); !got.fits(want) {
 		return 0, wrenn.Wrap(fmt.Errorf("it is of %+v, the VM is %+v", got, want), wrenn.KindInvalidRequest,
 			"the snapshot does not fit: it needs QEMU %s (%s), %d vCPUs, %d MiB, %d disks; restore it on a host and with a size like that",
 			got.Version, got.CPUModel, got.VCPUs, got.MemoryMB, got.Disks)

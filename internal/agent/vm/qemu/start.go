@@ -91,7 +91,7 @@ func (s *starting) run(ctx context.Context) (vm.Handle, error) {
 		return vm.Handle{}, err
 	}
 	return vm.Handle{
-		Version: 1, Driver: Name, PID: s.proc.PID, StartTime: s.proc.StartTime, BootID: s.proc.BootID,
+		Version: 1, Driver: Name, VMMVersion: s.driver.caps.Version, PID: s.proc.PID, StartTime: s.proc.StartTime, BootID: s.proc.BootID,
 		Socket: s.socket, Dir: s.cfg.Dir, Memory: s.cfg.MemoryFile, MemoryMB: s.cfg.MemoryMB, Mapped: s.mapped,
 		VCPUs: s.cfg.VCPUs, Disks: len(s.cfg.Disks), Console: s.cfg.Console,
 		Cgroup: s.cfg.Cgroup, StartedAt: time.Now().UTC(),

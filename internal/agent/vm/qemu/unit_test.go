@@ -65,13 +65,23 @@ func TestArgumentsOfARestoreDifferInTheBootOnly(t *testing.T) {
 
 func TestSnapshotsFitTheSameMachineOnly(t *testing.T) {
 	t.Parallel()
-	want := stateHeader{Version: "7.2.22", Arch: "amd64", CPUModel: "tcg-max", VCPUs: 1, MemoryMB: 512, Disks: 1, TSCkHz: 2_600_000}
+	want := stateHeader{Version: "7.2", Arch: "amd64", CPUModel: "tcg-max", VCPUs: 1, MemoryMB: 512, Disks: 1, TSCkHz: 2_600_000}
 	close, far, other := want, want, want
 	close.TSCkHz += 100
 	far.TSCkHz = 3_100_000
-	other.Version = "10.0.2"
+	other.Version = "10.0"
 	if !want.fits(want) || !close.fits(want) || far.fits(want) || other.fits(want) {
 		t.Errorf("fits: same %v, close clock %v, other clock %v, other version %v", want.fits(want), close.fits(want), far.fits(want), other.fits(want))
+	}
+}
+
+func TestUpdatesOfASeriesTakeItsStates(t *testing.T) {
+	t.Parallel()
+	caps := func(version string) string {
+		return New(Verdict{Version: version, TSCkHz: 1}, Options{}).Capabilities().Version
+	}
+	if caps("7.2.22") != caps("7.2.9") || caps("7.2") != "7.2" || caps("10.0.2") == caps("10.1.2") {
+		t.Errorf("%s, %s, %s, %s, %s", caps("7.2.22"), caps("7.2.9"), caps("7.2"), caps("10.0.2"), caps("10.1.2"))
 	}
 }
 
