@@ -149,7 +149,9 @@ func TestBalloonGivesMemoryBackToTheHost(t *testing.T) {
 func TestGuestThatNeedsMemoryGetsItFromTheBalloon(t *testing.T) {
 	const most, least = 80, 48
 	l := newLab(t)
-	b := l.start(t, l.Config(t))
+	cfg := l.Config(t)
+	cfg.MemoryMB = 160
+	b := l.start(t, cfg)
 	b.inflate(most)
 	b.until("the balloon", func() (string, bool) {
 		s := b.balloon()
