@@ -87,6 +87,9 @@ func openArchive(ctx context.Context, dir string) (aptArchive, error) {
 	if err != nil {
 		return aptArchive{}, err
 	}
+	if dir, err = filepath.Abs(dir); err != nil {
+		return aptArchive{}, err
+	}
 	a := aptArchive{dir: dir, suite: src.suite, config: filepath.Join(dir, "apt.conf")}
 	for _, sub := range []string{"etc", "lists/partial", "cache/archives/partial"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
