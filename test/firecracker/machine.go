@@ -27,7 +27,7 @@ var suiteFunctions string
 var initScript string
 
 // suiteScript runs all suites, but for the tests that are settled.
-func suiteScript(got results) string {
+func suiteScript(got *results) string {
 	var b strings.Builder
 	b.WriteString(suiteFunctions)
 	for _, s := range suites() {
@@ -58,8 +58,9 @@ const (
 )
 
 // inMachine runs the suites inside an emulated machine. One that breaks is started again for what it did not come to, as
-// long as each start gets some way.
-func inMachine(ctx context.Context, dir, stage string, got results) error {
+// long as each start gets some way; and once for each test that failed, for emulated guests break as well (a triple fault,
+// about once in half an hour).
+func inMachine(ctx context.Context, dir, stage string, got *results) error {
 	for _, program := range []string{emulator(), "mmdebstrap", "mke2fs"} {
 		if _, err := exec.LookPath(program); err != nil {
 			return fmt.Errorf("needs %s for an emulated machine with KVM", program)
@@ -75,8 +76,11 @@ func inMachine(ctx context.Context, dir, stage string, got results) error {
 	}
 	for try, known := 1, 0; ; try++ {
 		printed, err := session(ctx, dir, base, stage, suiteScript(got))
-		if done := got.add(printed); done {
-			return nil
+		if got.add(printed) {
+			if !got.again() {
+				return nil
+			}
+			err = errFailed
 		}
 		if now := got.count(); now > known {
 			try, known = 0, now
@@ -240,6 +244,7 @@ func boot(ctx context.Context, base, root, payload string) (string, error) {
 var (
 	errSilent     = errors.New("it hangs: it gives no sign of life")
 	errStandstill = errors.New("it hangs: its tests print nothing any more")
+	errFailed     = errors.New("some tests failed, which may be the emulated processor's doing")
 	errEarly      = errors.New("the emulated machine ended before its tests did")
 )
 

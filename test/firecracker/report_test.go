@@ -35,7 +35,7 @@ func TestReportFailsForWhatDidNotRun(t *testing.T) {
 		"one skipped": {strings.Replace(fine, "    --- PASS", "    --- SKIP", 1), "TestA/one SKIP"},
 		"no output":   {"", "TestA"},
 	} {
-		r := results{}
+		r := &results{}
 		if !r.add(logs(c.log)) {
 			t.Errorf("%s: the end was not seen", name)
 		}
@@ -44,14 +44,14 @@ func TestReportFailsForWhatDidNotRun(t *testing.T) {
 			t.Errorf("%s: %v, want %q", name, err, c.complains)
 		}
 	}
-	if err := (results{}).report(want, time.Second); err == nil {
+	if err := (&results{}).report(want, time.Second); err == nil {
 		t.Error("no results at all are a success")
 	}
 }
 
 func TestATryGoesOnWhereTheLastOneHung(t *testing.T) {
 	t.Parallel()
-	r := results{}
+	r := &results{}
 	if r.add("=== suite conformance\n--- PASS: TestA (1.0s)\n    --- PASS: TestA/one (0.1s)\n--- FAIL: TestB (1.0s)\n=== RUN   TestC\n--- PASS: TestC/it's (1.0s)\n=== RUN   TestC/more\n") {
 		t.Error("a try that hung is at its end")
 	}
@@ -68,8 +68,30 @@ func TestATryGoesOnWhereTheLastOneHung(t *testing.T) {
 		t.Error("the second try has no end")
 	}
 	want := map[string][]string{"conformance": {"TestA", "TestA/one", "TestC", "TestC/it's"}}
-	if err := r.report(want, time.Second); err == nil || !strings.Contains(err.Error(), "1 failed") || r["conformance"]["TestB"] != "FAIL" {
+	if err := r.report(want, time.Second); err == nil || !strings.Contains(err.Error(), "1 failed") || r.ended["conformance"]["TestB"] != "FAIL" {
 		t.Errorf("what failed in the first try is forgotten: %v, %v", err, r)
+	}
+}
+
+func TestWhatFailsInAnEmulatedMachineHasASecondChance(t *testing.T) {
+	t.Parallel()
+	for second, complains := range map[string]string{"PASS": "", "FAIL": "2 failed", "SKIP": "TestA/one SKIP"} {
+		r := &results{forgiven: map[string]map[string]bool{}}
+		if !r.add(logs("--- FAIL: TestA (1.0s)\n    --- FAIL: TestA/one (0.1s)\n    --- PASS: TestA/two (0.1s)\n")) || !r.again() {
+			t.Fatal("what failed is not tried again")
+		}
+		if got := r.settled("conformance"); got != "^TestA$/^two$" {
+			t.Errorf("the next try leaves out %q", got)
+		}
+		before := r.count()
+		parent := strings.Replace(second, "SKIP", "PASS", 1)
+		if !r.add("=== suite conformance\n--- "+parent+": TestA (1.0s)\n    --- "+second+": TestA/one (0.1s)\n=== done\n") || r.again() || r.count() <= before {
+			t.Error("there is a third chance")
+		}
+		err := r.report(map[string][]string{"conformance": {"TestA", "TestA/one", "TestA/two"}}, time.Second)
+		if complains == "" && err != nil || complains != "" && (err == nil || !strings.Contains(err.Error(), complains)) {
+			t.Errorf("%s: %v, want %q", second, err, complains)
+		}
 	}
 }
 
