@@ -47,9 +47,13 @@ func (b *ballooned) destroy() {
 	}
 }
 
+func (b *ballooned) ask(command string) (string, error) {
+	return vmtest.Ask(b.ctx, b.l.Ask, b.d, b.h, b.cfg, command)
+}
+
 func (b *ballooned) says(command, want string) {
 	b.Helper()
-	if answer, err := b.l.Ask(b.ctx, b.cfg, command); err != nil || answer != want {
+	if answer, err := b.ask(command); err != nil || answer != want {
 		b.Fatalf("%s: the guest says %q, %v", command, answer, err)
 	}
 }

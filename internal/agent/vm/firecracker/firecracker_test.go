@@ -183,7 +183,7 @@ func TestARestoredKernelLearnsThatItIsACopy(t *testing.T) {
 	for round := range 3 {
 		b := l.start(t, cfg)
 		b.until("copies that the kernel knows of", func() (string, bool) {
-			answer, err := l.Ask(b.ctx, cfg, "copies")
+			answer, err := b.ask("copies")
 			if err != nil {
 				t.Fatal(err)
 			}

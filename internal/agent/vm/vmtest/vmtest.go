@@ -6,6 +6,7 @@ package vmtest
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -161,11 +162,30 @@ func (r *running) nothingLeft(cfg vm.Config) {
 
 func (r *running) ask(command string) string {
 	r.Helper()
-	answer, err := r.env.Ask(r.context(), r.cfg, command)
+	answer, err := Ask(r.context(), r.env.Ask, r.driver, r.handle, r.cfg, command)
 	if err != nil {
 		r.Fatalf("the guest did not answer %q: %v", command, err)
 	}
 	return answer
+}
+
+// Ask is Env.Ask that fails at once when the VM ends.
+func Ask(ctx context.Context, ask func(context.Context, vm.Config, string) (string, error), d vm.Driver, h vm.Handle, cfg vm.Config, command string) (string, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		if d.Wait(ctx, h) == nil {
+			cancel(errors.New("its VM has ended"))
+		}
+	}()
+	defer func() { cancel(nil); <-ended }()
+	answer, err := ask(ctx, cfg, command)
+	if cause := context.Cause(ctx); err != nil && cause != nil {
+		err = cause
+	}
+	return answer, err
 }
 
 func (r *running) expect(command, want string) {
