@@ -61,11 +61,12 @@ func Eventually(ctx context.Context, limit time.Duration, check func() error) er
 	return ask(ctx, nil, check)
 }
 
-// ask repeats check until it succeeds, ctx ends or stop is closed; its last error is the result then.
+// ask repeats check until it succeeds, ctx ends or stop is closed; its last error is the result then. Where there is one slow
+// processor it leaves most of it to what it waits for.
 func ask(ctx context.Context, stop <-chan struct{}, check func() error) error {
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
+	const every, rest = 20 * time.Millisecond, 4 // times as long as a check takes
 	for {
+		begun := time.Now()
 		err := check()
 		if err == nil {
 			return nil
@@ -75,7 +76,7 @@ func ask(ctx context.Context, stop <-chan struct{}, check func() error) error {
 			return err
 		case <-stop:
 			return err
-		case <-tick.C:
+		case <-time.After(max(every, rest*time.Since(begun))):
 		}
 	}
 }
