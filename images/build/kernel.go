@@ -213,8 +213,8 @@ func resolveModules(ctx context.Context, root string) ([]string, error) {
 		order = append(order, path)
 		return nil
 	}
-	there := func(name string) bool { return files[name] != "" }
-	for _, name := range append(slices.DeleteFunc(checksums(), func(name string) bool { return !there(name) }), guestModules()...) {
+	there := slices.DeleteFunc(checksums(), func(name string) bool { return files[name] == "" })
+	for _, name := range append(there, guestModules()...) {
 		if err := visit(name); err != nil {
 			return nil, err
 		}
