@@ -119,19 +119,20 @@ type Identity struct {
 }
 
 type initBody struct {
-	AccessToken string            `json:"accessToken,omitempty"`
-	Timestamp   time.Time         `json:"timestamp"`
-	Hostname    string            `json:"hostname,omitempty"`
-	MachineID   string            `json:"machineId,omitempty"`
-	Entropy     string            `json:"entropy,omitempty"`
-	EnvVars     map[string]string `json:"envVars,omitempty"`
-	DefaultUser string            `json:"defaultUser,omitempty"`
-	Nameservers []string          `json:"nameservers,omitempty"`
-	DiskBytes   int64             `json:"diskBytes,omitempty"`
+	AccessToken  string            `json:"accessToken,omitempty"`
+	Timestamp    time.Time         `json:"timestamp"`
+	ClockAdvance bool              `json:"clockAdvance,omitempty"`
+	Hostname     string            `json:"hostname,omitempty"`
+	MachineID    string            `json:"machineId,omitempty"`
+	Entropy      string            `json:"entropy,omitempty"`
+	EnvVars      map[string]string `json:"envVars,omitempty"`
+	DefaultUser  string            `json:"defaultUser,omitempty"`
+	Nameservers  []string          `json:"nameservers,omitempty"`
+	DiskBytes    int64             `json:"diskBytes,omitempty"`
 }
 
-// Init gives the guest its identity, 64 bytes of fresh entropy and the host's clock, right to
-// clockTolerance. currentToken is the token that the guest knows now, empty for one that never had any.
+// Init gives the guest its identity, 64 bytes of fresh entropy and the host's clock, as SyncClock does.
+// currentToken is the token that the guest knows now, empty for one that never had any.
 func (c *Client) Init(ctx context.Context, currentToken string, id Identity) error {
 	entropy := make([]byte, 64)
 	_, _ = rand.Read(entropy) // never fails
@@ -147,7 +148,7 @@ func (c *Client) Init(ctx context.Context, currentToken string, id Identity) err
 	if err := c.post(ctx, "/init", currentToken, body); err != nil || time.Since(began) <= clockTolerance {
 		return err
 	}
-	return c.SyncClock(ctx, cmp.Or(id.Token, currentToken))
+	return c.advanceClock(ctx, cmp.Or(id.Token, currentToken))
 }
 
 // Freeze stops user processes until the next Init or Thaw.
@@ -157,16 +158,19 @@ func (c *Client) Freeze(ctx context.Context, token string) error {
 
 // Catchup lets user processes run on after Freeze, and sets the clock of a guest that stood still.
 func (c *Client) Catchup(ctx context.Context, token string) error {
-	return c.catchup(ctx, token, 0)
+	_, err := c.tellTime(ctx, token, false)
+	return err
 }
 
-// catchup tells the guest the time that it is when ahead has passed.
-func (c *Client) catchup(ctx context.Context, token string, ahead time.Duration) error {
-	body, err := json.Marshal(initBody{Timestamp: time.Now().Add(ahead).UTC()})
+// tellTime is Catchup; with advance it sets no clock back. took bounds the age that the time had when the guest heard it.
+func (c *Client) tellTime(ctx context.Context, token string, advance bool) (took time.Duration, err error) {
+	began := time.Now()
+	body, err := json.Marshal(initBody{Timestamp: began.UTC(), ClockAdvance: advance})
 	if err != nil {
-		return err
+		return 0, err
 	}
-	return c.post(ctx, "/init", token, body)
+	err = c.post(ctx, "/init", token, body)
+	return time.Since(began), err
 }
 
 // Bounds of SyncClock.
@@ -175,21 +179,23 @@ const (
 	clockAttempts  = 5
 )
 
-// SyncClock sets the guest's clock so that it is at most clockTolerance behind or ahead: a guest that has just
-// been restored takes long for its first answers, and the time it was told has then passed. One that took long is
-// told a time half as much ahead, so of two tolerances that an answer takes neither way is more than one off.
+// SyncClock sets the guest's clock. The time that it is told has passed when it hears of it, and a guest that has just
+// been restored takes long for its first answers; it is told again until one takes at most clockTolerance, and keeps the
+// latest of the times told: that of the message that took least.
 func (c *Client) SyncClock(ctx context.Context, token string) error {
-	ahead := time.Duration(0)
-	for range clockAttempts {
-		began := time.Now()
-		if err := c.catchup(ctx, token, ahead); err != nil {
+	took, err := c.tellTime(ctx, token, false)
+	if err != nil || took <= clockTolerance {
+		return err
+	}
+	return c.advanceClock(ctx, token)
+}
+
+// advanceClock goes on with SyncClock after a first time was told.
+func (c *Client) advanceClock(ctx context.Context, token string) error {
+	for range clockAttempts - 1 {
+		if took, err := c.tellTime(ctx, token, true); err != nil || took <= clockTolerance {
 			return err
 		}
-		took := time.Since(began)
-		if took <= clockTolerance+ahead {
-			return nil
-		}
-		ahead = min(took/2, clockTolerance)
 	}
 	return nil // a host under such load has worse clocks than this
 }
