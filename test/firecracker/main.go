@@ -182,7 +182,7 @@ func expected(ctx context.Context, stage string) (map[string][]string, error) {
 		}
 	}
 	if err != nil || len(want["conformance"]) == 0 {
-		return nil, fmt.Errorf("the suite does not pass with QEMU: %w: %.4000s", err, out)
+		return nil, fmt.Errorf("the suite does not pass with QEMU: %w\n%s", err, telling(string(out)))
 	}
 	for _, s := range suites() {
 		skipped, err := regexp.Compile("^(" + s.skip + ")$")

@@ -122,6 +122,18 @@ func passed(output string) map[string]bool {
 	return all
 }
 
+// telling is the end of a test run's output, without the lines that say only that a test began, waits or passed.
+func telling(output string) string {
+	const most = 8000
+	var b strings.Builder
+	for line := range strings.Lines(output) {
+		if t := strings.TrimSpace(line); !strings.HasPrefix(t, "=== ") && !strings.HasPrefix(t, "--- PASS") {
+			b.WriteString(line)
+		}
+	}
+	return b.String()[max(0, b.Len()-most):]
+}
+
 // report counts what the suites tell and fails if anything failed, or is missing of what must pass.
 func (r *results) report(want map[string][]string, took time.Duration) error {
 	total := map[string]int{}
