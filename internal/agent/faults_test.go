@@ -68,7 +68,7 @@ func faultyOperations() []faultyOperation {
 			}},
 		{name: "resume", paused: true, points: append([]string{"resume.begun"}, launchPoints...),
 			do: func(ctx context.Context, s *Sandboxes, v *victim) error {
-				_, err := s.Resume(ctx, v.id, v.newOp())
+				_, err := s.Resume(ctx, &agentv1.ResumeSandboxRequest{Id: v.id, OperationId: v.newOp()})
 				return err
 			}},
 		{name: "checkpoint", points: momentPoints,
@@ -240,7 +240,7 @@ func (l *faultLab) check(t *testing.T, op faultyOperation, v *victim, memoryMayG
 		t.Errorf("the memory is lost: %s", sb.Reason)
 	}
 	if sb.State == protoState[wrenn.SandboxPaused] {
-		if _, err := l.s.Resume(t.Context(), v.id, newOp()); err != nil {
+		if _, err := l.s.Resume(t.Context(), &agentv1.ResumeSandboxRequest{Id: v.id, OperationId: newOp()}); err != nil {
 			t.Fatalf("it cannot be resumed: %v", err)
 		}
 	}
@@ -257,7 +257,7 @@ func (l *faultLab) check(t *testing.T, op faultyOperation, v *victim, memoryMayG
 		t.Errorf("it cannot be paused: %v", err)
 	}
 	if !op.paused {
-		if _, err := l.s.Resume(t.Context(), v.id, newOp()); err != nil {
+		if _, err := l.s.Resume(t.Context(), &agentv1.ResumeSandboxRequest{Id: v.id, OperationId: newOp()}); err != nil {
 			t.Errorf("it cannot be resumed again: %v", err)
 		}
 	}
@@ -559,7 +559,7 @@ func TestPowerCut(t *testing.T) {
 	if got.Revision <= reported.Revision {
 		t.Errorf("revision %d after %d: the control plane would take it for old", got.Revision, reported.Revision)
 	}
-	if _, err := s.Resume(t.Context(), id, newOp()); err != nil {
+	if _, err := s.Resume(t.Context(), &agentv1.ResumeSandboxRequest{Id: id, OperationId: newOp()}); err != nil {
 		t.Fatal(err)
 	}
 	if got := shell(t, s, id, "cat kept"); got != "kept" {

@@ -176,7 +176,7 @@ func pauseAndResume(t *testing.T, s *Sandboxes, id string) {
 		t.Errorf("paused: %v", sb)
 	}
 	began = time.Now()
-	sb, err = s.Resume(t.Context(), id, wrenn.NewID(wrenn.PrefixOperation))
+	sb, err = s.Resume(t.Context(), &agentv1.ResumeSandboxRequest{Id: id, OperationId: newOp()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -184,6 +184,49 @@ func pauseAndResume(t *testing.T, s *Sandboxes, id string) {
 	if sb.State != protoState[wrenn.SandboxRunning] {
 		t.Errorf("resumed: %v", sb)
 	}
+}
+
+// Memory that nothing here can load any more does not cost the disk: a resume that gives it up boots.
+func TestResumeGivesMemoryUp(t *testing.T) {
+	cfg := testConfig(t)
+	s, _ := open(t, cfg)
+	sb := create(t, s)
+	shell(t, s, sb.Id, "echo kept > kept; sync; sleep 1000 > /dev/null 2>&1 & echo $! > pid")
+	paused, err := s.Pause(t.Context(), &agentv1.PauseSandboxRequest{Id: sb.Id, OperationId: newOp()})
+	if err != nil || !paused.HasMemory {
+		t.Fatalf("pause: %v, %v", paused, err)
+	}
+	box, err := s.get(sb.Id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := box.machine()
+	man, err := m.load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	man.VMMVersion = "of another host"
+	if err := m.writeManifest(forGood, *man); err != nil {
+		t.Fatal(err)
+	}
+	_, err = s.Resume(t.Context(), &agentv1.ResumeSandboxRequest{Id: sb.Id, OperationId: newOp()})
+	if wrenn.KindOf(err) != wrenn.KindInvalidState || !strings.Contains(err.Error(), "of another host") {
+		t.Errorf("a resume with memory that does not fit: %v", err)
+	}
+	if now, err := s.Get(sb.Id); err != nil || now.State != protoState[wrenn.SandboxPaused] || !now.HasMemory {
+		t.Fatalf("after it: %v, %v", now, err)
+	}
+	op := newOp()
+	for range 2 { // the second is a repeat
+		now, err := s.Resume(t.Context(), &agentv1.ResumeSandboxRequest{Id: sb.Id, OperationId: op, DiskOnly: true})
+		if err != nil || now.State != protoState[wrenn.SandboxRunning] {
+			t.Fatalf("a resume without it: %v, %v", now, err)
+		}
+	}
+	if got := shell(t, s, sb.Id, "cat kept; kill -0 $(cat pid) 2>/dev/null || echo rebooted; hostname"); got != "kept\nrebooted\n"+strings.TrimPrefix(sb.Id, "sb-") {
+		t.Errorf("in the sandbox: %q", got)
+	}
+	pauseAndResume(t, s, sb.Id)
 }
 
 func TestForkCheckpointAndRollback(t *testing.T) {

@@ -71,7 +71,7 @@ func (g *integrity) pause() {
 	g.t.Helper()
 	_, err := g.s.Pause(g.t.Context(), &agentv1.PauseSandboxRequest{Id: g.id, OperationId: newOp()})
 	g.must(err)
-	_, err = g.s.Resume(g.t.Context(), g.id, newOp())
+	_, err = g.s.Resume(g.t.Context(), &agentv1.ResumeSandboxRequest{Id: g.id, OperationId: newOp()})
 	g.must(err)
 }
 

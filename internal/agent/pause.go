@@ -261,22 +261,23 @@ func (s *Sandboxes) saveDisk(ctx context.Context, sb *sandbox, u *undo.Stack) er
 	return s.fault(sb, "pause.disk")
 }
 
-// Resume makes a paused sandbox run again; one without memory is booted. One that fails leaves it paused.
-func (s *Sandboxes) Resume(ctx context.Context, id, opID string) (*agentv1.Sandbox, error) {
-	sb, err := s.get(id)
+// Resume makes a paused sandbox run again; one without memory, or that is to give it up, is booted. One that fails
+// leaves it paused.
+func (s *Sandboxes) Resume(ctx context.Context, req *agentv1.ResumeSandboxRequest) (*agentv1.Sandbox, error) {
+	sb, err := s.get(req.Id)
 	if err != nil {
 		return nil, err
 	}
-	err = sb.do(ctx, opID, func(ctx context.Context) error {
+	err = sb.do(ctx, req.OperationId, func(ctx context.Context) error {
 		if err := s.settleOperation(ctx, sb); err != nil {
 			return err
 		}
-		done, err := sb.admit(opID, wrenn.SandboxRunning, wrenn.SandboxPaused)
+		done, err := sb.admit(req.OperationId, wrenn.SandboxRunning, wrenn.SandboxPaused)
 		if done || err != nil {
 			return err
 		}
 		defer s.warm.begin(lull)()
-		return s.resume(ctx, sb, opID)
+		return s.resume(ctx, sb, req)
 	})
 	if err != nil {
 		return nil, err
@@ -284,12 +285,12 @@ func (s *Sandboxes) Resume(ctx context.Context, id, opID string) (*agentv1.Sandb
 	return sb.report(), nil
 }
 
-func (s *Sandboxes) resume(ctx context.Context, sb *sandbox, opID string) (err error) {
+func (s *Sandboxes) resume(ctx context.Context, sb *sandbox, req *agentv1.ResumeSandboxRequest) (err error) {
 	defer func() { err = diskFull(err) }()
 	if err := s.needSpace(sb.snapshot().MemoryMB); err != nil {
 		return err
 	}
-	if err := s.transition(sb, thisBoot, func(r *record) { r.State, r.OperationID = wrenn.SandboxResuming, opID }); err != nil {
+	if err := s.transition(sb, thisBoot, func(r *record) { r.State, r.OperationID = wrenn.SandboxResuming, req.OperationId }); err != nil {
 		return err
 	}
 	var u undo.Stack
@@ -297,6 +298,11 @@ func (s *Sandboxes) resume(ctx context.Context, sb *sandbox, opID string) (err e
 	u.Push(func() error { return s.settled(sb, sb.machine().atRest()) })
 	if err := s.fault(sb, "resume.begun"); err != nil {
 		return err
+	}
+	if req.DiskOnly {
+		if err := sb.machine().wake(); err != nil {
+			return err
+		}
 	}
 	if err := s.launch(ctx, sb, sb.machine(), false, &u); err != nil {
 		return err

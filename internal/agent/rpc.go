@@ -86,7 +86,7 @@ func (r rpcServer) PauseSandbox(ctx context.Context, req *connect.Request[agentv
 }
 
 func (r rpcServer) ResumeSandbox(ctx context.Context, req *connect.Request[agentv1.ResumeSandboxRequest]) (*connect.Response[agentv1.ResumeSandboxResponse], error) {
-	sb, err := r.sandboxes.Resume(ctx, req.Msg.Id, req.Msg.OperationId)
+	sb, err := r.sandboxes.Resume(ctx, req.Msg)
 	return answer(r, "resume", req.Msg.Id, &agentv1.ResumeSandboxResponse{Sandbox: sb}, err)
 }
 

@@ -27,14 +27,18 @@ func (a *app) pauseCommand() *cobra.Command {
 }
 
 func (a *app) resumeCommand() *cobra.Command {
-	return &cobra.Command{
+	var o wrenn.ResumeOptions
+	cmd := &cobra.Command{
 		Use: "resume SANDBOX…", Short: "Let paused sandboxes run again, where they were",
-		Example: "  wrenn sandbox resume my-box",
-		Args:    cobra.MinimumNArgs(1), ValidArgsFunction: a.completeSandbox,
+		Example: `  wrenn sandbox resume my-box
+  wrenn sandbox resume my-box --disk-only`,
+		Args: cobra.MinimumNArgs(1), ValidArgsFunction: a.completeSandbox,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.change(cmd.Context(), "resuming the sandbox", args, func(ctx context.Context, sb *wrenn.Sandbox) error { return sb.Resume(ctx) })
+			return a.change(cmd.Context(), "resuming the sandbox", args, func(ctx context.Context, sb *wrenn.Sandbox) error { return sb.ResumeWith(ctx, o) })
 		},
 	}
+	cmd.Flags().BoolVar(&o.DiskOnly, "disk-only", false, "give saved memory up and boot from the disk, as after a power cut")
+	return cmd
 }
 
 // change does one thing to every sandbox that is named, and shows what became of them.

@@ -134,8 +134,18 @@ func (s *Sandbox) PauseWith(ctx context.Context, o PauseOptions) error {
 }
 
 // Resume lets a paused sandbox run again and returns when it takes commands.
-func (s *Sandbox) Resume(ctx context.Context) error {
-	return s.update(ctx, call{method: http.MethodPost, path: s.path("/resume")})
+func (s *Sandbox) Resume(ctx context.Context) error { return s.ResumeWith(ctx, ResumeOptions{}) }
+
+// ResumeOptions say what a resume goes on with.
+type ResumeOptions struct {
+	// DiskOnly gives saved memory up, also if the resume then fails, and boots from the disk, on which is what a
+	// power cut at the pause would have left.
+	DiskOnly bool
+}
+
+// ResumeWith is Resume with options.
+func (s *Sandbox) ResumeWith(ctx context.Context, o ResumeOptions) error {
+	return s.update(ctx, call{method: http.MethodPost, path: s.path("/resume"), body: map[string]bool{"memory": !o.DiskOnly}})
 }
 
 // SetTimeout sets after how long without activity the sandbox is paused or killed; 0 means never.

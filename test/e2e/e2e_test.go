@@ -220,6 +220,13 @@ func TestPauseKeepsProcessesAndFiles(t *testing.T) {
 	if got := shell(ctx, t, sb, "cat note; kill -0 $(cat pid) 2>/dev/null || echo rebooted"); got != "kept\nrebooted" {
 		t.Errorf("after a pause of the disk alone: %q", got)
 	}
+	shell(ctx, t, sb, "sync; sleep 1000 > /dev/null 2>&1 & echo $! > pid")
+	if err := errors.Join(sb.Pause(ctx, true), sb.ResumeWith(ctx, wrenn.ResumeOptions{DiskOnly: true})); err != nil {
+		t.Fatal(err)
+	}
+	if got := shell(ctx, t, sb, "cat note; kill -0 $(cat pid) 2>/dev/null || echo rebooted"); got != "kept\nrebooted" {
+		t.Errorf("after a resume that gave the memory up: %q", got)
+	}
 }
 
 func TestIdleSandboxesArePausedOrKilled(t *testing.T) {

@@ -202,7 +202,11 @@ func (s *Server) PauseSandbox(ctx context.Context, req gen.PauseSandboxRequestOb
 // ResumeSandbox implements gen.StrictServerInterface.
 func (s *Server) ResumeSandbox(ctx context.Context, req gen.ResumeSandboxRequestObject) (gen.ResumeSandboxResponseObject, error) {
 	team := auth.From(ctx).TeamID
-	row, err := s.Fleet.Resume(ctx, actor(ctx), team, req.ID, newID(ctx, wrenn.PrefixOperation))
+	o := fleet.ResumeOptions{OperationID: newID(ctx, wrenn.PrefixOperation)}
+	if req.Body != nil {
+		o.DiskOnly = !or(req.Body.Memory, true)
+	}
+	row, err := s.Fleet.Resume(ctx, actor(ctx), team, req.ID, o)
 	if err != nil {
 		return nil, err
 	}

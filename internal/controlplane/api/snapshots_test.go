@@ -608,6 +608,7 @@ func TestChangesAreSettled(t *testing.T) {
 	if a := u.Do("POST", "/v1/sandboxes/"+done.ID+"/resume", nil).WantError(t, 503, "no_capacity"); !strings.Contains(string(a.Body), "hypervisor qemu, not firecracker") {
 		t.Errorf("on another hypervisor: %s", a.Body)
 	}
+	u.Do("POST", "/v1/sandboxes/"+undone.ID+"/resume", map[string]any{"memory": false}).Want(t, 200, nil)
 	h.Heartbeat(map[string]any{"hypervisors": []map[string]string{{"driver": "firecracker", "vmm_version": "1.9"}, {"driver": "qemu", "vmm_version": "1", "cpu_model": "test"}}})
 	u.Do("POST", "/v1/sandboxes/"+done.ID+"/resume", nil).Want(t, 200, nil)
 	h.OnPause(func(string) error { return wrenn.Errorf(wrenn.KindDiskFull, "the host's disk is full") })

@@ -44,12 +44,21 @@ func (f *Fleet) Pause(ctx context.Context, by Actor, teamID, id string, o PauseO
 	})
 }
 
-// Resume lets a paused sandbox run again. One that fails leaves it paused. opID is of a request that may be repeated;
-// "" makes one.
-func (f *Fleet) Resume(ctx context.Context, by Actor, teamID, id, opID string) (db.GetSandboxRow, error) {
-	c := change{by: by, teamID: teamID, id: id, op: opID, action: "sandbox.resume", from: wrenn.SandboxPaused, via: wrenn.SandboxResuming}
+// ResumeOptions say what a resume goes on with.
+type ResumeOptions struct {
+	DiskOnly bool // give saved memory up and boot
+
+	OperationID string // of a request that may be repeated; "" makes one
+}
+
+// Resume lets a paused sandbox run again. One that fails leaves it paused.
+func (f *Fleet) Resume(ctx context.Context, by Actor, teamID, id string, o ResumeOptions) (db.GetSandboxRow, error) {
+	c := change{
+		by: by, teamID: teamID, id: id, op: o.OperationID, action: "sandbox.resume", from: wrenn.SandboxPaused, via: wrenn.SandboxResuming,
+		replaces: o.DiskOnly, // by nothing, which has no needs
+	}
 	return f.change(ctx, c, func(ctx context.Context, t agents.Target, op string) (*agentv1.Sandbox, error) {
-		res, err := f.agents.Service(t).ResumeSandbox(ctx, connect.NewRequest(&agentv1.ResumeSandboxRequest{Id: id, OperationId: op}))
+		res, err := f.agents.Service(t).ResumeSandbox(ctx, connect.NewRequest(&agentv1.ResumeSandboxRequest{Id: id, OperationId: op, DiskOnly: o.DiskOnly}))
 		if err != nil {
 			return nil, err
 		}
@@ -290,7 +299,7 @@ func (f *Fleet) wake(ctx context.Context, by Actor, teamID, id string) error {
 		}
 		switch state := wrenn.SandboxState(row.Sandbox.Status); {
 		case state == wrenn.SandboxPaused && row.Sandbox.AutoResume:
-			if _, err = f.Resume(ctx, by, teamID, id, ""); wrenn.KindOf(err) != wrenn.KindInvalidState {
+			if _, err = f.Resume(ctx, by, teamID, id, ResumeOptions{}); wrenn.KindOf(err) != wrenn.KindInvalidState {
 				return err
 			}
 			if now, again := f.Get(ctx, teamID, id); again == nil && now.Sandbox.Status == string(wrenn.SandboxPaused) {

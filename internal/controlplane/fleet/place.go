@@ -169,7 +169,11 @@ func refuse(req Request, hosts []Candidate, why map[string]int) *wrenn.Error {
 func refuseHere(req Request, h Candidate) *wrenn.Error {
 	switch h.refuses(req) {
 	case doesNotFit:
-		return wrenn.Errorf(wrenn.KindNoCapacity, "its host cannot run it any more: %s; give the host back what it had, or make a sandbox anew", req.Needs.lacks(h.Has))
+		otherwise := "make a sandbox anew"
+		if req.Resume {
+			otherwise = "resume it with `memory: false`, which boots from its disk"
+		}
+		return wrenn.Errorf(wrenn.KindNoCapacity, "its host cannot run it any more: %s; give the host back what it had, or %s", req.Needs.lacks(h.Has), otherwise)
 	case isDraining:
 		return wrenn.Errorf(wrenn.KindNoCapacity, "its host is draining and takes nothing new; try again when it is back in use")
 	case isFull:

@@ -869,9 +869,11 @@ func (x *PauseSandboxResponse) GetSandbox() *Sandbox {
 }
 
 type ResumeSandboxRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	OperationId   string                 `protobuf:"bytes,2,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Id          string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	OperationId string                 `protobuf:"bytes,2,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	// Give saved memory up and boot from the disk.
+	DiskOnly      bool `protobuf:"varint,3,opt,name=disk_only,json=diskOnly,proto3" json:"disk_only,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -918,6 +920,13 @@ func (x *ResumeSandboxRequest) GetOperationId() string {
 		return x.OperationId
 	}
 	return ""
+}
+
+func (x *ResumeSandboxRequest) GetDiskOnly() bool {
+	if x != nil {
+		return x.DiskOnly
+	}
+	return false
 }
 
 type ResumeSandboxResponse struct {
@@ -2718,10 +2727,11 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	"\bidle_sec\x18\x04 \x01(\rR\aidleSec\x12\x18\n" +
 	"\adurable\x18\x05 \x01(\bR\adurable\"I\n" +
 	"\x14PauseSandboxResponse\x121\n" +
-	"\asandbox\x18\x01 \x01(\v2\x17.wrenn.agent.v1.SandboxR\asandbox\"I\n" +
+	"\asandbox\x18\x01 \x01(\v2\x17.wrenn.agent.v1.SandboxR\asandbox\"f\n" +
 	"\x14ResumeSandboxRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
-	"\foperation_id\x18\x02 \x01(\tR\voperationId\"J\n" +
+	"\foperation_id\x18\x02 \x01(\tR\voperationId\x12\x1b\n" +
+	"\tdisk_only\x18\x03 \x01(\bR\bdiskOnly\"J\n" +
 	"\x15ResumeSandboxResponse\x121\n" +
 	"\asandbox\x18\x01 \x01(\v2\x17.wrenn.agent.v1.SandboxR\asandbox\"\xdc\x02\n" +
 	"\n" +

@@ -987,6 +987,9 @@ type RegisteredHost struct {
 
 // ResumeRequest defines model for ResumeRequest.
 type ResumeRequest struct {
+	// Memory Go on with the saved memory; false gives it up and boots
+	Memory *bool `json:"memory,omitempty"`
+
 	// TimeoutSec A new idle timeout; absent keeps the one it has
 	TimeoutSec *int32 `json:"timeout_sec,omitempty"`
 }
