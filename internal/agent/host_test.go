@@ -191,7 +191,7 @@ func TestResumeGivesMemoryUp(t *testing.T) {
 	cfg := testConfig(t)
 	s, _ := open(t, cfg)
 	sb := create(t, s)
-	shell(t, s, sb.Id, "echo kept > kept; sync; sleep 1000 > /dev/null 2>&1 & echo $! > pid")
+	shell(t, s, sb.Id, "echo kept > kept; sleep 1000 > /dev/null 2>&1 & echo $! > pid; sync")
 	paused, err := s.Pause(t.Context(), &agentv1.PauseSandboxRequest{Id: sb.Id, OperationId: newOp()})
 	if err != nil || !paused.HasMemory {
 		t.Fatalf("pause: %v, %v", paused, err)

@@ -220,7 +220,7 @@ func TestPauseKeepsProcessesAndFiles(t *testing.T) {
 	if got := shell(ctx, t, sb, "cat note; kill -0 $(cat pid) 2>/dev/null || echo rebooted"); got != "kept\nrebooted" {
 		t.Errorf("after a pause of the disk alone: %q", got)
 	}
-	shell(ctx, t, sb, "sync; sleep 1000 > /dev/null 2>&1 & echo $! > pid")
+	shell(ctx, t, sb, "sleep 1000 > /dev/null 2>&1 & echo $! > pid; sync")
 	if err := errors.Join(sb.Pause(ctx, true), sb.ResumeWith(ctx, wrenn.ResumeOptions{DiskOnly: true})); err != nil {
 		t.Fatal(err)
 	}
