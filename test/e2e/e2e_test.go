@@ -137,10 +137,7 @@ func TestTwoSandboxesAreNotTwins(t *testing.T) {
 	checkClock(ctx, t, "a create", b)
 }
 
-// calmCommand is how long a command takes at most where clocks can be held against the bound.
-const calmCommand = 150 * time.Millisecond
-
-// checkClock sees that a guest's clock is within 50 ms of the host's.
+// checkClock sees that a guest's clock is within 50 ms of the host's, as far as the time that it takes to ask tells.
 func checkClock(ctx context.Context, t *testing.T, way string, sb *wrenn.Sandbox) {
 	t.Helper()
 	var clock int64
@@ -148,13 +145,10 @@ func checkClock(ctx context.Context, t *testing.T, way string, sb *wrenn.Sandbox
 	if _, err := fmt.Sscan(shell(ctx, t, sb, "date +%s%3N"), &clock); err != nil {
 		t.Fatal(err)
 	}
-	// A guest of an overloaded host is told the time late: its agent answers too slowly for better.
-	if took := time.Since(before); took > vmtest.Stretch(calmCommand) {
-		t.Logf("%s: the host is too busy to tell: the command took %v", way, took)
-		return
-	}
 	tolerance := vmtest.Stretch(50 * time.Millisecond)
-	if at := time.UnixMilli(clock); at.Before(before.Add(-tolerance)) || at.After(time.Now().Add(tolerance)) {
+	at := time.UnixMilli(clock)
+	t.Logf("%s: the guest's clock is between %v and %v ahead", way, time.Until(at), at.Sub(before))
+	if at.Before(before.Add(-tolerance)) || at.After(time.Now().Add(tolerance)) {
 		t.Errorf("%s: the guest says %v; it was asked at %v and answered at %v", way, at, before, time.Now())
 	}
 }
