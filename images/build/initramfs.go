@@ -52,6 +52,7 @@ func (b *builder) initramfs() error {
 	}
 	c.add(modulesDir+"/order", 0o100644, []byte(strings.Join(info.Modules, "\n")+"\n"))
 	c.add("TRAILER!!!", 0, nil)
+	c.fillPage() // or internal/agent/vm/qemu must copy it at each boot
 	if c.err != nil {
 		return c.err
 	}
@@ -66,6 +67,7 @@ func (b *builder) initramfs() error {
 type cpio struct {
 	w     io.Writer
 	inode int
+	size  int
 	err   error
 }
 
@@ -85,8 +87,15 @@ func (c *cpio) entry(name string, mode int, data []byte, major, minor int) {
 
 func (c *cpio) pad(n int) { c.write(make([]byte, (4-n%4)%4)) }
 
+// fillPage has the archive end where a page does.
+func (c *cpio) fillPage() {
+	const page = 4096
+	c.write(make([]byte, (page-c.size%page)%page))
+}
+
 func (c *cpio) write(b []byte) {
 	if c.err == nil {
 		_, c.err = c.w.Write(b)
 	}
+	c.size += len(b)
 }

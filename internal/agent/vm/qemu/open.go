@@ -143,7 +143,7 @@ func (s *starting) openKernel(ctx context.Context, o *opened) error {
 	if s.cfg.Initrd == "" {
 		return nil
 	}
-	if f, err = openReadable(s.cfg.Initrd); err != nil {
+	if f, err = openInitrd(s.cfg.Initrd); err != nil {
 		return vm.FileError(err, "the initramfs")
 	}
 	o.initrd = s.inherit.add(f)
@@ -162,11 +162,40 @@ func openReadable(path string) (*os.File, error) {
 		return f, err
 	}
 	defer f.Close()
-	fd, err := unix.MemfdCreate(filepath.Base(path), unix.MFD_CLOEXEC)
+	return inMemory(f)
+}
+
+// openInitrd is openReadable for an initramfs, which ends where a page does: one that does not is copied into memory and
+// gets zeros behind it. QEMU gives a kernel that is an ELF its initramfs in the last pages of memory, and SeaBIOS 1.16.3
+// and later has its ACPI tables in the last of them: what the initramfs leaves of it is a whole page then.
+func openInitrd(path string) (*os.File, error) {
+	f, err := openReadable(path)
 	if err != nil {
 		return nil, err
 	}
-	mem := os.NewFile(uintptr(fd), path)
+	fi, err := f.Stat()
+	if err != nil || fi.Size()%pageSize == 0 {
+		return f, err
+	}
+	defer f.Close()
+	mem, err := inMemory(f)
+	if err != nil {
+		return nil, err
+	}
+	if err := mem.Truncate((fi.Size()/pageSize + 1) * pageSize); err != nil {
+		mem.Close()
+		return nil, err
+	}
+	return mem, nil
+}
+
+// inMemory is a copy of a file that has no name.
+func inMemory(f *os.File) (*os.File, error) {
+	fd, err := unix.MemfdCreate(filepath.Base(f.Name()), unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, err
+	}
+	mem := os.NewFile(uintptr(fd), f.Name())
 	if _, err := io.Copy(mem, f); err != nil {
 		mem.Close()
 		return nil, err

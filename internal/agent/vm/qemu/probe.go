@@ -210,7 +210,7 @@ func probeArguments(opts ProbeOptions, console *os.File) ([]string, *files, erro
 	if opts.Initrd == "" {
 		return args, inherit, nil
 	}
-	initrd, err := openReadable(opts.Initrd)
+	initrd, err := openInitrd(opts.Initrd)
 	if err != nil {
 		return nil, inherit, err
 	}
