@@ -124,6 +124,9 @@ func (h hypervisors) qemuFindings() []finding {
 }
 
 func hypervisor(ctx context.Context, cfg Config) []finding {
+	if _, err := os.Stat(cfg.Kernel); err != nil {
+		return []finding{{"VMM", note, "not tried: there is no kernel for it to boot", ""}}
+	}
 	h, err := probeHypervisors(ctx, cfg, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return []finding{{"VMM", fail, wrenn.Public(err).Message, "apt-get install qemu-system-x86, or put Firecracker into AGENT_FIRECRACKER_DIR"}}

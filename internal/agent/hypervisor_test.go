@@ -2,6 +2,7 @@ package agent
 
 import (
 	"fmt"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -38,5 +39,17 @@ func TestDoctorSaysWhichHypervisorAndWhy(t *testing.T) {
 				t.Errorf("%s: no %q in\n%s", name, want, text.String())
 			}
 		}
+	}
+}
+
+// What cannot be tried for want of a kernel is not blamed on the hypervisor.
+func TestDoctorWithoutAKernel(t *testing.T) {
+	t.Parallel()
+	cfg := Config{Kernel: filepath.Join(t.TempDir(), "vmlinux")}
+	if got := hypervisor(t.Context(), cfg); len(got) != 1 || got[0].level != note {
+		t.Errorf("the hypervisor: %v", got)
+	}
+	if got := kernelFiles(cfg); len(got) != 1 || got[0].level != fail {
+		t.Errorf("the kernel: %v", got)
 	}
 }
