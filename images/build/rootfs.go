@@ -27,7 +27,7 @@ type recipe struct {
 }
 
 func recipes() []recipe {
-	minimal := []string{"bash", "ca-certificates", "curl", "iproute2", "less", "mount", "netbase", "procps", "sudo"}
+	minimal := []string{"bash", "ca-certificates", "curl", "iproute2", "less", "mount", "netbase", "passwd", "procps", "sudo"}
 	base := append([]string{
 		"build-essential", "file", "git", "jq", "nodejs", "npm", "openssh-client", "pkg-config", "python3", "python3-dev", "python3-pip", "python3-venv",
 		"python-is-python3", "ripgrep", "rsync", "unzip", "vim-tiny", "wget", "xz-utils", "zip",
