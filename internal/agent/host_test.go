@@ -186,12 +186,17 @@ func pauseAndResume(t *testing.T, s *Sandboxes, id string) {
 	}
 }
 
-// Memory that nothing here can load any more does not cost the disk: a resume that gives it up boots.
-func TestResumeGivesMemoryUp(t *testing.T) {
+// Memory that nothing here can load any more does not cost the disk, which is booted on demand: of a paused sandbox,
+// and of a checkpoint.
+func TestMemoryThatDoesNotFit(t *testing.T) {
 	cfg := testConfig(t)
 	s, _ := open(t, cfg)
 	sb := create(t, s)
 	shell(t, s, sb.Id, "echo kept > kept; sleep 1000 > /dev/null 2>&1 & echo $! > pid; sync")
+	id := wrenn.NewID(wrenn.PrefixCheckpoint)
+	if _, err := s.Checkpoint(t.Context(), sb.Id, newOp(), id); err != nil {
+		t.Fatal(err)
+	}
 	paused, err := s.Pause(t.Context(), &agentv1.PauseSandboxRequest{Id: sb.Id, OperationId: newOp()})
 	if err != nil || !paused.HasMemory {
 		t.Fatalf("pause: %v, %v", paused, err)
@@ -200,19 +205,24 @@ func TestResumeGivesMemoryUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := box.machine()
-	man, err := m.load()
-	if err != nil {
-		t.Fatal(err)
+	for _, m := range []machine{box.machine(), (&moment{dir: filepath.Join(box.dir, checkpointsDir, id)}).machine()} {
+		man, err := m.load()
+		if err != nil {
+			t.Fatal(err)
+		}
+		man.VMMVersion = "of another host"
+		if err := m.writeManifest(forGood, *man); err != nil {
+			t.Fatal(err)
+		}
 	}
-	man.VMMVersion = "of another host"
-	if err := m.writeManifest(forGood, *man); err != nil {
-		t.Fatal(err)
+	doesNotFit := func(err error) {
+		t.Helper()
+		if wrenn.KindOf(err) != wrenn.KindInvalidState || !strings.Contains(err.Error(), "of another host") {
+			t.Errorf("with memory that does not fit: %v", err)
+		}
 	}
 	_, err = s.Resume(t.Context(), &agentv1.ResumeSandboxRequest{Id: sb.Id, OperationId: newOp()})
-	if wrenn.KindOf(err) != wrenn.KindInvalidState || !strings.Contains(err.Error(), "of another host") {
-		t.Errorf("a resume with memory that does not fit: %v", err)
-	}
+	doesNotFit(err)
 	if now, err := s.Get(sb.Id); err != nil || now.State != protoState[wrenn.SandboxPaused] || !now.HasMemory {
 		t.Fatalf("after it: %v, %v", now, err)
 	}
@@ -223,10 +233,24 @@ func TestResumeGivesMemoryUp(t *testing.T) {
 			t.Fatalf("a resume without it: %v, %v", now, err)
 		}
 	}
-	if got := shell(t, s, sb.Id, "cat kept; kill -0 $(cat pid) 2>/dev/null || echo rebooted; hostname"); got != "kept\nrebooted\n"+strings.TrimPrefix(sb.Id, "sb-") {
-		t.Errorf("in the sandbox: %q", got)
+	isBooted := func(id string) {
+		t.Helper()
+		if got := shell(t, s, id, "cat kept; kill -0 $(cat pid) 2>/dev/null || echo booted; hostname"); got != "kept\nbooted\n"+strings.TrimPrefix(id, "sb-") {
+			t.Errorf("in the sandbox: %q", got)
+		}
 	}
+	isBooted(sb.Id)
 	pauseAndResume(t, s, sb.Id)
+
+	req := request()
+	req.Source = &agentv1.Source{Moment: &agentv1.Source_Checkpoint{Checkpoint: &agentv1.CheckpointRef{SandboxId: sb.Id, CheckpointId: id}}}
+	_, err = s.Create(t.Context(), req)
+	doesNotFit(err)
+	req.Source.DiskOnly = true
+	if child, err := s.Create(t.Context(), req); err != nil || !child.Cold {
+		t.Fatalf("from a checkpoint's disk: %v, %v", child, err)
+	}
+	isBooted(req.Id)
 }
 
 func TestForkCheckpointAndRollback(t *testing.T) {

@@ -24,13 +24,15 @@ type origin struct {
 	template bool   // it is a template, not a saved moment
 	shared   bool   // many are cloned from it
 	cold     bool   // it had to be made first
+	diskOnly bool   // its memory is left
 }
 
 // findOrigin finds or makes what a sandbox with this record is to be cloned from.
 type findOrigin func(ctx context.Context, rec record) (origin, error)
 
 // origin finds or makes what a create asks for.
-func (s *Sandboxes) origin(ctx context.Context, rec record, src *agentv1.Source) (origin, error) {
+func (s *Sandboxes) origin(ctx context.Context, rec record, src *agentv1.Source) (o origin, err error) {
+	defer func() { o.diskOnly = src.GetDiskOnly() }()
 	switch from := src.GetMoment().(type) {
 	case *agentv1.Source_SnapshotId:
 		if !wrenn.ValidID(wrenn.PrefixSnapshot, from.SnapshotId) {

@@ -261,6 +261,9 @@ func (s *Sandboxes) begin(ctx context.Context, sb *sandbox, from origin, u *undo
 	if err := s.fault(sb, "create.cloned"); err != nil {
 		return err
 	}
+	if from.diskOnly {
+		return s.launch(ctx, sb, m, false, u)
+	}
 	return s.launch(ctx, sb, from.machine, from.shared, u)
 }
 

@@ -362,7 +362,7 @@ func (s *Sandboxes) endReady(v *readyVM) {
 
 // takeReady gives a VM that is ready for a new sandbox, or nil.
 func (s *Sandboxes) takeReady(ctx context.Context, from origin, rec record) *readyVM {
-	if !from.template || rec.DiskMB != from.diskMB {
+	if !from.template || from.diskOnly || rec.DiskMB != from.diskMB {
 		return nil
 	}
 	sh := shape{template: from.machine, vcpus: rec.VCPUs, memoryMB: rec.MemoryMB, diskMB: from.diskMB}

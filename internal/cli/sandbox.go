@@ -67,6 +67,7 @@ func (a *app) createCommand() *cobra.Command {
 	f.StringVar(&onTimeout, "on-timeout", "", "pause or kill (pause)")
 	f.BoolVar(&o.AutoResume, "auto-resume", false, "commands, files and processes wake it when it is paused")
 	f.StringVar(&o.From, "from", "", "`CHECKPOINT` to begin with, instead of a template")
+	f.BoolVar(&o.DiskOnly, "disk-only", false, "leave the memory of the checkpoint or snapshot and boot its disk")
 	f.StringArrayVarP(&env, "env", "e", nil, "`NAME=VALUE` for every command; may be repeated")
 	f.StringArrayVarP(&metadata, "metadata", "m", nil, "label `KEY=VALUE`; may be repeated")
 	f.StringVarP(&o.User, "user", "u", "", "default user of commands and files (the template's)")

@@ -145,7 +145,7 @@ type ResumeOptions struct {
 
 // ResumeWith is Resume with options.
 func (s *Sandbox) ResumeWith(ctx context.Context, o ResumeOptions) error {
-	return s.update(ctx, call{method: http.MethodPost, path: s.path("/resume"), body: map[string]bool{"memory": !o.DiskOnly}})
+	return s.update(ctx, call{method: http.MethodPost, path: s.path("/resume"), body: api.ResumeRequest{DiskOnly: o.DiskOnly}})
 }
 
 // SetTimeout sets after how long without activity the sandbox is paused or killed; 0 means never.

@@ -50,7 +50,7 @@ func (s *Server) CreateSandbox(ctx context.Context, req gen.CreateSandboxRequest
 		return nil, invalid("from", "and template exclude each other; a sandbox begins with one of both")
 	}
 	row, err := s.Fleet.Create(ctx, actor(ctx), auth.From(ctx).TeamID, fleet.Spec{
-		ID: newID(ctx, wrenn.PrefixSandbox), Template: or(b.Template, wrenn.DefaultTemplate), From: or(b.From, ""), Name: b.Name,
+		ID: newID(ctx, wrenn.PrefixSandbox), Template: or(b.Template, wrenn.DefaultTemplate), From: or(b.From, ""), DiskOnly: or(b.DiskOnly, false), Name: b.Name,
 		VCPUs: or(b.Vcpus, 0), MemoryMB: or(b.MemoryMb, 0), DiskMB: or(b.DiskMb, 0), AutoResume: or(b.AutoResume, false),
 		TimeoutSec: or(b.TimeoutSec, 0), OnTimeout: wrenn.OnTimeout(or(b.OnTimeout, gen.OnTimeoutPause)),
 		Env: or(b.Env, nil), Metadata: or(b.Metadata, nil), User: or(b.User, ""),
@@ -204,7 +204,7 @@ func (s *Server) ResumeSandbox(ctx context.Context, req gen.ResumeSandboxRequest
 	team := auth.From(ctx).TeamID
 	o := fleet.ResumeOptions{OperationID: newID(ctx, wrenn.PrefixOperation)}
 	if req.Body != nil {
-		o.DiskOnly = !or(req.Body.Memory, true)
+		o.DiskOnly = or(req.Body.DiskOnly, false)
 	}
 	row, err := s.Fleet.Resume(ctx, actor(ctx), team, req.ID, o)
 	if err != nil {

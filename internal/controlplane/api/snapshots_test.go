@@ -369,6 +369,11 @@ func TestSnapshots(t *testing.T) {
 	if !strings.Contains(string(a.Body), "qemu version 1, not 2") {
 		t.Errorf("on another VMM: %s", a.Body)
 	}
+	booted := create(t, u, map[string]any{"template": plain.Name, "disk_only": true})
+	if booted.HostID != h.ID || !asked.Source.GetDiskOnly() || asked.Source.GetSnapshotId() != plain.ID {
+		t.Errorf("of its disk: %+v, %v", booted, asked)
+	}
+	u.Do("POST", "/v1/sandboxes", map[string]any{"disk_only": true}).WantError(t, 400, "invalid_request")
 	query(t, p, `UPDATE hosts SET status = 'offline' WHERE id = $1 RETURNING id`, h.ID)
 	a = u.Do("POST", "/v1/sandboxes", map[string]any{"template": plain.Name}).WantError(t, 503, "no_capacity")
 	if !strings.Contains(string(a.Body), "cannot be reached") {
@@ -608,7 +613,7 @@ func TestChangesAreSettled(t *testing.T) {
 	if a := u.Do("POST", "/v1/sandboxes/"+done.ID+"/resume", nil).WantError(t, 503, "no_capacity"); !strings.Contains(string(a.Body), "hypervisor qemu, not firecracker") {
 		t.Errorf("on another hypervisor: %s", a.Body)
 	}
-	u.Do("POST", "/v1/sandboxes/"+undone.ID+"/resume", map[string]any{"memory": false}).Want(t, 200, nil)
+	u.Do("POST", "/v1/sandboxes/"+undone.ID+"/resume", map[string]any{"disk_only": true}).Want(t, 200, nil)
 	h.Heartbeat(map[string]any{"hypervisors": []map[string]string{{"driver": "firecracker", "vmm_version": "1.9"}, {"driver": "qemu", "vmm_version": "1", "cpu_model": "test"}}})
 	u.Do("POST", "/v1/sandboxes/"+done.ID+"/resume", nil).Want(t, 200, nil)
 	h.OnPause(func(string) error { return wrenn.Errorf(wrenn.KindDiskFull, "the host's disk is full") })

@@ -258,9 +258,9 @@ func hostnameOf(row db.Sandbox) string {
 func sourceOf(row db.Sandbox) *agentv1.Source {
 	switch {
 	case row.FromSnapshot != nil:
-		return &agentv1.Source{Moment: &agentv1.Source_SnapshotId{SnapshotId: *row.FromSnapshot}}
+		return &agentv1.Source{Moment: &agentv1.Source_SnapshotId{SnapshotId: *row.FromSnapshot}, DiskOnly: row.DiskOnly}
 	case row.FromCheckpoint != nil:
-		return &agentv1.Source{Moment: &agentv1.Source_Checkpoint{Checkpoint: &agentv1.CheckpointRef{SandboxId: deref(row.FromSandbox), CheckpointId: *row.FromCheckpoint}}}
+		return &agentv1.Source{Moment: &agentv1.Source_Checkpoint{Checkpoint: &agentv1.CheckpointRef{SandboxId: deref(row.FromSandbox), CheckpointId: *row.FromCheckpoint}}, DiskOnly: row.DiskOnly}
 	}
 	return nil
 }

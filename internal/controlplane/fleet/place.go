@@ -169,11 +169,7 @@ func refuse(req Request, hosts []Candidate, why map[string]int) *wrenn.Error {
 func refuseHere(req Request, h Candidate) *wrenn.Error {
 	switch h.refuses(req) {
 	case doesNotFit:
-		otherwise := "make a sandbox anew"
-		if req.Resume {
-			otherwise = "resume it with `memory: false`, which boots from its disk"
-		}
-		return wrenn.Errorf(wrenn.KindNoCapacity, "its host cannot run it any more: %s; give the host back what it had, or %s", req.Needs.lacks(h.Has), otherwise)
+		return wrenn.Errorf(wrenn.KindNoCapacity, "its host cannot run it any more: %s; give the host back what it had, or boot its disk without the memory (`disk_only`)", req.Needs.lacks(h.Has))
 	case isDraining:
 		return wrenn.Errorf(wrenn.KindNoCapacity, "its host is draining and takes nothing new; try again when it is back in use")
 	case isFull:

@@ -30,7 +30,8 @@ type Spec struct {
 	User       string // "": the template's
 	AutoResume bool
 
-	From string // a checkpoint to begin with, instead of a template
+	From     string // a checkpoint to begin with, instead of a template
+	DiskOnly bool   // leave the memory of the checkpoint or snapshot, and boot its disk
 }
 
 // Create makes a sandbox for a team and returns when it runs. The row that reserves its resources is
@@ -166,10 +167,17 @@ func (f *Fleet) insertParams(by Actor, spec Spec, org origin) (db.InsertSandboxP
 		ID: spec.ID, Name: spec.Name, Template: org.template, DefaultUser: cmp.Or(spec.User, org.user),
 		VCPUs: int32(size.VCPUs), MemoryMB: int32(size.MemoryMB), DiskMB: int32(size.DiskMB),
 		TimeoutSec: spec.TimeoutSec, OnTimeout: string(spec.OnTimeout), AutoResume: spec.AutoResume, Metadata: metadata, CreateEnv: env,
-		FromSandbox: org.sandbox, FromCheckpoint: org.checkpoint, FromSnapshot: org.snapshot,
+		FromSandbox: org.sandbox, FromCheckpoint: org.checkpoint, FromSnapshot: org.snapshot, DiskOnly: spec.DiskOnly,
 		OperationID: wrenn.NewID(wrenn.PrefixOperation), Lease: f.times.Lease, CreatedBy: by.ID,
 	}
-	return p, Request{Resources: size, Template: org.template, Needs: org.needs, Saved: org.hostID != nil}, nil
+	req := Request{Resources: size, Template: org.template, Needs: org.needs, Saved: org.hostID != nil}
+	if spec.DiskOnly {
+		if !req.Saved {
+			return p, req, wrenn.Errorf(wrenn.KindInvalidRequest, "disk_only is for a sandbox that is made from a snapshot or checkpoint").With("field", "disk_only")
+		}
+		req.Needs = Needs{}
+	}
+	return p, req, nil
 }
 
 // placementHosts are the online hosts of a team as Place sees them; hostID, if not nil, narrows to one.

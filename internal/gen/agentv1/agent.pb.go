@@ -485,7 +485,9 @@ type Source struct {
 	//
 	//	*Source_SnapshotId
 	//	*Source_Checkpoint
-	Moment        isSource_Moment `protobuf_oneof:"moment"`
+	Moment isSource_Moment `protobuf_oneof:"moment"`
+	// Leave its memory and boot from its disk.
+	DiskOnly      bool `protobuf:"varint,3,opt,name=disk_only,json=diskOnly,proto3" json:"disk_only,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -543,6 +545,13 @@ func (x *Source) GetCheckpoint() *CheckpointRef {
 		}
 	}
 	return nil
+}
+
+func (x *Source) GetDiskOnly() bool {
+	if x != nil {
+		return x.DiskOnly
+	}
+	return false
 }
 
 type isSource_Moment interface {
@@ -2702,13 +2711,14 @@ const file_wrenn_agent_v1_agent_proto_rawDesc = "" +
 	" \x01(\v2\x16.wrenn.agent.v1.SourceR\x06source\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"v\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x93\x01\n" +
 	"\x06Source\x12!\n" +
 	"\vsnapshot_id\x18\x01 \x01(\tH\x00R\n" +
 	"snapshotId\x12?\n" +
 	"\n" +
 	"checkpoint\x18\x02 \x01(\v2\x1d.wrenn.agent.v1.CheckpointRefH\x00R\n" +
-	"checkpointB\b\n" +
+	"checkpoint\x12\x1b\n" +
+	"\tdisk_only\x18\x03 \x01(\bR\bdiskOnlyB\b\n" +
 	"\x06moment\"S\n" +
 	"\rCheckpointRef\x12\x1d\n" +
 	"\n" +

@@ -493,6 +493,9 @@ type CreateSandboxRequest struct {
 	// DiskMb At least the template's, which is the default
 	DiskMb *int32 `json:"disk_mb,omitempty"`
 
+	// DiskOnly Of a snapshot or checkpoint, take the disk and boot it: also where nothing can load the memory any more
+	DiskOnly *bool `json:"disk_only,omitempty"`
+
 	// Env Environment variables: names of letters, digits and _
 	Env *Env `json:"env,omitempty"`
 
@@ -987,8 +990,8 @@ type RegisteredHost struct {
 
 // ResumeRequest defines model for ResumeRequest.
 type ResumeRequest struct {
-	// Memory Go on with the saved memory; false gives it up and boots
-	Memory *bool `json:"memory,omitempty"`
+	// DiskOnly Give saved memory up and boot
+	DiskOnly *bool `json:"disk_only,omitempty"`
 
 	// TimeoutSec A new idle timeout; absent keeps the one it has
 	TimeoutSec *int32 `json:"timeout_sec,omitempty"`

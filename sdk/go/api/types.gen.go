@@ -482,6 +482,9 @@ type CreateSandboxRequest struct {
 	// DiskMB At least the template's, which is the default
 	DiskMB int32 `json:"disk_mb,omitempty,omitzero"`
 
+	// DiskOnly Of a snapshot or checkpoint, take the disk and boot it: also where nothing can load the memory any more
+	DiskOnly bool `json:"disk_only,omitempty,omitzero"`
+
 	// Env Environment variables: names of letters, digits and _
 	Env Env `json:"env,omitempty,omitzero"`
 
@@ -976,8 +979,8 @@ type RegisteredHost struct {
 
 // ResumeRequest defines model for ResumeRequest.
 type ResumeRequest struct {
-	// Memory Go on with the saved memory; false gives it up and boots
-	Memory bool `json:"memory,omitempty,omitzero"`
+	// DiskOnly Give saved memory up and boot
+	DiskOnly bool `json:"disk_only,omitempty,omitzero"`
 
 	// TimeoutSec A new idle timeout; absent keeps the one it has
 	TimeoutSec int32 `json:"timeout_sec,omitempty,omitzero"`

@@ -180,6 +180,7 @@ type Sandbox struct {
 	FromSandbox     *string
 	FromCheckpoint  *string
 	FromSnapshot    *string
+	DiskOnly        bool
 }
 
 type Secret struct {

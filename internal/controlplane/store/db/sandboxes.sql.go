@@ -46,7 +46,7 @@ UPDATE sandboxes SET status = $1, reason = $2, revision = $3,
     operation_until = CASE WHEN $1 IN ('pausing', 'resuming') THEN operation_until END, updated_at = now()
 WHERE id = $7 AND host_id = $8 AND deleted_at IS NULL AND status = $9 AND revision < $3
   AND status IN ('running', 'pausing', 'paused', 'resuming') -- a create or delete that was decided is not taken back
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot, disk_only
 `
 
 type ApplyReportParams struct {
@@ -109,6 +109,7 @@ func (q *Queries) ApplyReport(ctx context.Context, arg ApplyReportParams) (Sandb
 		&i.FromSandbox,
 		&i.FromCheckpoint,
 		&i.FromSnapshot,
+		&i.DiskOnly,
 	)
 	return i, err
 }
@@ -128,7 +129,7 @@ func (q *Queries) DropKill(ctx context.Context, arg DropKillParams) error {
 }
 
 const expiredSandboxes = `-- name: ExpiredSandboxes :many
-SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, s.auto_resume, s.cold, s.durable_at, s.needs, s.from_sandbox, s.from_checkpoint, s.from_snapshot FROM sandboxes s JOIN hosts h ON h.id = s.host_id
+SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, s.auto_resume, s.cold, s.durable_at, s.needs, s.from_sandbox, s.from_checkpoint, s.from_snapshot, s.disk_only FROM sandboxes s JOIN hosts h ON h.id = s.host_id
 WHERE s.deleted_at IS NULL
   AND (s.status = 'running' AND s.timeout_sec > 0 AND s.missing_since IS NULL AND s.last_active_at + make_interval(secs => s.timeout_sec) < now()
     OR s.kill_operation_id IS NOT NULL AND s.status <> 'deleting')
@@ -187,6 +188,7 @@ func (q *Queries) ExpiredSandboxes(ctx context.Context, arg ExpiredSandboxesPara
 			&i.FromSandbox,
 			&i.FromCheckpoint,
 			&i.FromSnapshot,
+			&i.DiskOnly,
 		); err != nil {
 			return nil, err
 		}
@@ -221,7 +223,7 @@ const failCreate = `-- name: FailCreate :one
 UPDATE sandboxes SET status = 'error', reason = $1, create_env = NULL, cleanup_pending = true,
     operation_until = now() + $2::interval, updated_at = now()
 WHERE id = $3 AND status = 'creating' AND operation_id = $4 AND deleted_at IS NULL
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot, disk_only
 `
 
 type FailCreateParams struct {
@@ -274,6 +276,7 @@ func (q *Queries) FailCreate(ctx context.Context, arg FailCreateParams) (Sandbox
 		&i.FromSandbox,
 		&i.FromCheckpoint,
 		&i.FromSnapshot,
+		&i.DiskOnly,
 	)
 	return i, err
 }
@@ -292,7 +295,7 @@ const finishCreate = `-- name: FinishCreate :one
 UPDATE sandboxes SET status = 'running', reason = NULL, revision = $1, started_at = $2, last_active_at = $2,
     cold = $3, create_env = NULL, operation_until = NULL, missing_since = NULL, updated_at = now()
 WHERE id = $4 AND status = 'creating' AND operation_id = $5 AND deleted_at IS NULL
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot, disk_only
 `
 
 type FinishCreateParams struct {
@@ -347,6 +350,7 @@ func (q *Queries) FinishCreate(ctx context.Context, arg FinishCreateParams) (San
 		&i.FromSandbox,
 		&i.FromCheckpoint,
 		&i.FromSnapshot,
+		&i.DiskOnly,
 	)
 	return i, err
 }
@@ -354,7 +358,7 @@ func (q *Queries) FinishCreate(ctx context.Context, arg FinishCreateParams) (San
 const finishDelete = `-- name: FinishDelete :one
 UPDATE sandboxes SET deleted_at = now(), operation_until = NULL, cleanup_pending = false, updated_at = now()
 WHERE id = $1 AND status = 'deleting' AND deleted_at IS NULL
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot, disk_only
 `
 
 func (q *Queries) FinishDelete(ctx context.Context, id string) (Sandbox, error) {
@@ -395,6 +399,7 @@ func (q *Queries) FinishDelete(ctx context.Context, id string) (Sandbox, error) 
 		&i.FromSandbox,
 		&i.FromCheckpoint,
 		&i.FromSnapshot,
+		&i.DiskOnly,
 	)
 	return i, err
 }
@@ -403,7 +408,7 @@ const intendKill = `-- name: IntendKill :one
 UPDATE sandboxes SET kill_operation_id = coalesce(kill_operation_id, $1::text)
 WHERE id = $2 AND deleted_at IS NULL AND on_timeout = 'kill' AND (kill_operation_id IS NOT NULL
     OR status = 'running' AND timeout_sec > 0 AND last_active_at + make_interval(secs => timeout_sec) < now())
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot, disk_only
 `
 
 type IntendKillParams struct {
@@ -450,6 +455,7 @@ func (q *Queries) IntendKill(ctx context.Context, arg IntendKillParams) (Sandbox
 		&i.FromSandbox,
 		&i.FromCheckpoint,
 		&i.FromSnapshot,
+		&i.DiskOnly,
 	)
 	return i, err
 }
@@ -533,7 +539,7 @@ func (q *Queries) ReleaseWork(ctx context.Context, arg ReleaseWorkParams) error 
 }
 
 const sandboxByID = `-- name: SandboxByID :one
-SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot FROM sandboxes WHERE id = $1
+SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot, disk_only FROM sandboxes WHERE id = $1
 `
 
 func (q *Queries) SandboxByID(ctx context.Context, id string) (Sandbox, error) {
@@ -574,6 +580,7 @@ func (q *Queries) SandboxByID(ctx context.Context, id string) (Sandbox, error) {
 		&i.FromSandbox,
 		&i.FromCheckpoint,
 		&i.FromSnapshot,
+		&i.DiskOnly,
 	)
 	return i, err
 }
@@ -608,7 +615,7 @@ func (q *Queries) SandboxesByStatus(ctx context.Context) ([]SandboxesByStatusRow
 }
 
 const sandboxesOfHost = `-- name: SandboxesOfHost :many
-SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot FROM sandboxes WHERE (host_id = $1 AND deleted_at IS NULL) OR id = ANY($2::text[])
+SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot, disk_only FROM sandboxes WHERE (host_id = $1 AND deleted_at IS NULL) OR id = ANY($2::text[])
 `
 
 type SandboxesOfHostParams struct {
@@ -662,6 +669,7 @@ func (q *Queries) SandboxesOfHost(ctx context.Context, arg SandboxesOfHostParams
 			&i.FromSandbox,
 			&i.FromCheckpoint,
 			&i.FromSnapshot,
+			&i.DiskOnly,
 		); err != nil {
 			return nil, err
 		}
@@ -681,11 +689,11 @@ WITH settled AS (
     WHERE sandboxes.id = $7 AND sandboxes.operation_id = $8 AND sandboxes.deleted_at IS NULL
       AND (sandboxes.status IN ('pausing', 'resuming') AND sandboxes.revision <= $3
         OR sandboxes.status IN ('running', 'paused') AND sandboxes.revision < $3)
-    RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
+    RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot, disk_only
 ), told AS (
     INSERT INTO events (type, team_id, subject) SELECT 'sandbox.' || settled.status, settled.team_id, settled.id FROM settled
 )
-SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot FROM settled
+SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot, disk_only FROM settled
 `
 
 type SettleChangeParams struct {
@@ -734,6 +742,7 @@ type SettleChangeRow struct {
 	FromSandbox     *string
 	FromCheckpoint  *string
 	FromSnapshot    *string
+	DiskOnly        bool
 }
 
 // Writes what a host says became of a pause or resume, whether or not that is news, with its event.
@@ -784,6 +793,7 @@ func (q *Queries) SettleChange(ctx context.Context, arg SettleChangeParams) (Set
 		&i.FromSandbox,
 		&i.FromCheckpoint,
 		&i.FromSnapshot,
+		&i.DiskOnly,
 	)
 	return i, err
 }
@@ -795,7 +805,7 @@ WHERE id IN (
     WHERE s.deleted_at IS NULL AND (s.status IN ('creating', 'deleting', 'pausing', 'resuming') OR s.cleanup_pending)
       AND s.operation_until < now() AND h.status = 'online'
     ORDER BY s.operation_until LIMIT $2 FOR UPDATE OF s SKIP LOCKED)
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot, disk_only
 `
 
 type TakeWorkParams struct {
@@ -849,6 +859,7 @@ func (q *Queries) TakeWork(ctx context.Context, arg TakeWorkParams) ([]Sandbox, 
 			&i.FromSandbox,
 			&i.FromCheckpoint,
 			&i.FromSnapshot,
+			&i.DiskOnly,
 		); err != nil {
 			return nil, err
 		}

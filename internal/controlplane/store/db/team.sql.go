@@ -16,14 +16,14 @@ WITH taken AS (
     UPDATE sandboxes SET status = $1, operation_id = $2, operation_until = now() + $3::interval, updated_at = now()
     WHERE sandboxes.team_id = $4 AND sandboxes.id = $5 AND sandboxes.deleted_at IS NULL AND sandboxes.status = $6
       AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.status = 'online' AND hosts.deleted_at IS NULL)
-    RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
+    RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot, disk_only
 ), audited AS (
     INSERT INTO audit_log (actor_type, actor_id, team_id, action, subject, request_id)
     SELECT $7, $8, taken.team_id, $9, taken.id, $10 FROM taken
 ), told AS (
     INSERT INTO events (type, team_id, subject) SELECT 'sandbox.' || taken.status, taken.team_id, taken.id FROM taken
 )
-SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot FROM taken
+SELECT id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot, disk_only FROM taken
 `
 
 type BeginChangeParams struct {
@@ -74,6 +74,7 @@ type BeginChangeRow struct {
 	FromSandbox     *string
 	FromCheckpoint  *string
 	FromSnapshot    *string
+	DiskOnly        bool
 }
 
 // Takes a sandbox whose host is online for a pause or resume, and tells the audit log and the events, in one statement.
@@ -126,6 +127,7 @@ func (q *Queries) BeginChange(ctx context.Context, arg BeginChangeParams) (Begin
 		&i.FromSandbox,
 		&i.FromCheckpoint,
 		&i.FromSnapshot,
+		&i.DiskOnly,
 	)
 	return i, err
 }
@@ -136,7 +138,7 @@ UPDATE sandboxes SET status = 'deleting', operation_id = $1, operation_until = n
 WHERE team_id = $3 AND id = $4 AND deleted_at IS NULL
   AND (status <> 'deleting' OR operation_until < now())
   AND ($5::text IS NULL OR kill_operation_id = $5)
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot, disk_only
 `
 
 type BeginDeleteParams struct {
@@ -193,6 +195,7 @@ func (q *Queries) BeginDelete(ctx context.Context, arg BeginDeleteParams) (Sandb
 		&i.FromSandbox,
 		&i.FromCheckpoint,
 		&i.FromSnapshot,
+		&i.DiskOnly,
 	)
 	return i, err
 }
@@ -295,7 +298,7 @@ func (q *Queries) EventsAfter(ctx context.Context, arg EventsAfterParams) ([]Eve
 }
 
 const findSandboxes = `-- name: FindSandboxes :many
-SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, s.auto_resume, s.cold, s.durable_at, s.needs, s.from_sandbox, s.from_checkpoint, s.from_snapshot, (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
+SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, s.auto_resume, s.cold, s.durable_at, s.needs, s.from_sandbox, s.from_checkpoint, s.from_snapshot, s.disk_only, (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
 FROM sandboxes s JOIN hosts h ON h.id = s.host_id
 WHERE s.team_id = $1 AND s.deleted_at IS NULL AND (s.created_at, s.id) < ($2::timestamptz, $3::text)
   AND ($4::text IS NULL OR s.status = $4)
@@ -379,6 +382,7 @@ func (q *Queries) FindSandboxes(ctx context.Context, arg FindSandboxesParams) ([
 			&i.Sandbox.FromSandbox,
 			&i.Sandbox.FromCheckpoint,
 			&i.Sandbox.FromSnapshot,
+			&i.Sandbox.DiskOnly,
 			&i.HostOnline,
 		); err != nil {
 			return nil, err
@@ -431,7 +435,7 @@ func (q *Queries) GetCheckpoint(ctx context.Context, arg GetCheckpointParams) (G
 }
 
 const getSandbox = `-- name: GetSandbox :one
-SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, s.auto_resume, s.cold, s.durable_at, s.needs, s.from_sandbox, s.from_checkpoint, s.from_snapshot, (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
+SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, s.auto_resume, s.cold, s.durable_at, s.needs, s.from_sandbox, s.from_checkpoint, s.from_snapshot, s.disk_only, (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
 FROM sandboxes s JOIN hosts h ON h.id = s.host_id
 WHERE s.team_id = $1 AND s.id = $2 AND s.deleted_at IS NULL
 `
@@ -484,6 +488,7 @@ func (q *Queries) GetSandbox(ctx context.Context, arg GetSandboxParams) (GetSand
 		&i.Sandbox.FromSandbox,
 		&i.Sandbox.FromCheckpoint,
 		&i.Sandbox.FromSnapshot,
+		&i.Sandbox.DiskOnly,
 		&i.HostOnline,
 	)
 	return i, err
@@ -631,13 +636,13 @@ func (q *Queries) InsertCheckpoint(ctx context.Context, arg InsertCheckpointPara
 
 const insertSandbox = `-- name: InsertSandbox :one
 INSERT INTO sandboxes (id, team_id, host_id, name, status, template, default_user, vcpus, memory_mb, disk_mb,
-    timeout_sec, on_timeout, auto_resume, metadata, create_env, from_sandbox, from_checkpoint, from_snapshot,
+    timeout_sec, on_timeout, auto_resume, metadata, create_env, from_sandbox, from_checkpoint, from_snapshot, disk_only,
     operation_id, operation_until, created_by)
 VALUES ($1, $2, $3, $4, 'creating', $5, $6, $7, $8, $9,
-    $10, $11, $12, $13, $14, $15, $16, $17,
-    $18, now() + $19::interval, $20)
+    $10, $11, $12, $13, $14, $15, $16, $17, $18,
+    $19, now() + $20::interval, $21)
 ON CONFLICT (id) DO NOTHING
-RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot
+RETURNING id, team_id, host_id, name, status, reason, template, default_user, vcpus, memory_mb, disk_mb, timeout_sec, on_timeout, metadata, create_env, revision, operation_id, operation_until, cleanup_pending, missing_since, created_by, created_at, started_at, last_active_at, updated_at, deleted_at, kill_operation_id, auto_resume, cold, durable_at, needs, from_sandbox, from_checkpoint, from_snapshot, disk_only
 `
 
 type InsertSandboxParams struct {
@@ -658,6 +663,7 @@ type InsertSandboxParams struct {
 	FromSandbox    *string
 	FromCheckpoint *string
 	FromSnapshot   *string
+	DiskOnly       bool
 	OperationID    string
 	Lease          time.Duration
 	CreatedBy      string
@@ -682,6 +688,7 @@ func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (S
 		arg.FromSandbox,
 		arg.FromCheckpoint,
 		arg.FromSnapshot,
+		arg.DiskOnly,
 		arg.OperationID,
 		arg.Lease,
 		arg.CreatedBy,
@@ -722,6 +729,7 @@ func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (S
 		&i.FromSandbox,
 		&i.FromCheckpoint,
 		&i.FromSnapshot,
+		&i.DiskOnly,
 	)
 	return i, err
 }
@@ -861,7 +869,7 @@ func (q *Queries) ListCheckpoints(ctx context.Context, arg ListCheckpointsParams
 }
 
 const listSandboxes = `-- name: ListSandboxes :many
-SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, s.auto_resume, s.cold, s.durable_at, s.needs, s.from_sandbox, s.from_checkpoint, s.from_snapshot, (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
+SELECT s.id, s.team_id, s.host_id, s.name, s.status, s.reason, s.template, s.default_user, s.vcpus, s.memory_mb, s.disk_mb, s.timeout_sec, s.on_timeout, s.metadata, s.create_env, s.revision, s.operation_id, s.operation_until, s.cleanup_pending, s.missing_since, s.created_by, s.created_at, s.started_at, s.last_active_at, s.updated_at, s.deleted_at, s.kill_operation_id, s.auto_resume, s.cold, s.durable_at, s.needs, s.from_sandbox, s.from_checkpoint, s.from_snapshot, s.disk_only, (h.status = 'online' AND h.deleted_at IS NULL)::boolean AS host_online
 FROM sandboxes s JOIN hosts h ON h.id = s.host_id
 WHERE s.team_id = $1 AND s.deleted_at IS NULL AND (s.created_at, s.id) < ($2::timestamptz, $3::text)
 ORDER BY s.created_at DESC, s.id DESC
@@ -930,6 +938,7 @@ func (q *Queries) ListSandboxes(ctx context.Context, arg ListSandboxesParams) ([
 			&i.Sandbox.FromSandbox,
 			&i.Sandbox.FromCheckpoint,
 			&i.Sandbox.FromSnapshot,
+			&i.Sandbox.DiskOnly,
 			&i.HostOnline,
 		); err != nil {
 			return nil, err

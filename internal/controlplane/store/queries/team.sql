@@ -48,10 +48,10 @@ WHERE h.deleted_at IS NULL AND (h.team_id = @team_id::text OR h.team_id IS NULL)
 
 -- name: InsertSandbox :one
 INSERT INTO sandboxes (id, team_id, host_id, name, status, template, default_user, vcpus, memory_mb, disk_mb,
-    timeout_sec, on_timeout, auto_resume, metadata, create_env, from_sandbox, from_checkpoint, from_snapshot,
+    timeout_sec, on_timeout, auto_resume, metadata, create_env, from_sandbox, from_checkpoint, from_snapshot, disk_only,
     operation_id, operation_until, created_by)
 VALUES (@id, @team_id, @host_id, @name, 'creating', @template, @default_user, @vcpus, @memory_mb, @disk_mb,
-    @timeout_sec, @on_timeout, @auto_resume, @metadata, @create_env, sqlc.narg('from_sandbox'), sqlc.narg('from_checkpoint'), sqlc.narg('from_snapshot'),
+    @timeout_sec, @on_timeout, @auto_resume, @metadata, @create_env, sqlc.narg('from_sandbox'), sqlc.narg('from_checkpoint'), sqlc.narg('from_snapshot'), @disk_only,
     @operation_id, now() + @lease::interval, @created_by)
 ON CONFLICT (id) DO NOTHING
 RETURNING *;
