@@ -179,6 +179,7 @@ func (s *Sandboxes) attach(sb *sandbox, slot *network.Slot, handle vm.Handle) {
 	sb.mu.Lock()
 	sb.slot, sb.gone, sb.guest = slot, gone, client
 	sb.mu.Unlock()
+	s.watchers.Go(func() { client.KeepClock(s.life, gone) })
 	s.watchers.Go(func() {
 		if err := s.driver.Wait(s.life, handle); err != nil {
 			if s.life.Err() == nil {

@@ -1,6 +1,7 @@
 package envd
 
 import (
+	"encoding/json"
 	"errors"
 	"net/http"
 	"strconv"
@@ -77,6 +78,30 @@ func (s *server) machine(do func(Machine) error) http.HandlerFunc {
 		}
 		w.WriteHeader(http.StatusNoContent)
 	}
+}
+
+// maxClockBody bounds the body of POST /clock: {"timestamp": RFC 3339}.
+const maxClockBody = 1 << 10
+
+// clock advances the guest's clock to a time that its host tells. Of several times told it so keeps that of the message
+// that was under way for least. It touches nothing else, so it may come at any time.
+func (s *server) clock(w http.ResponseWriter, r *http.Request) {
+	if !s.mayChangeMachine(w) {
+		return
+	}
+	var body struct {
+		Timestamp time.Time `json:"timestamp"`
+	}
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxClockBody)).Decode(&body); err != nil || body.Timestamp.IsZero() {
+		writeError(w, http.StatusBadRequest, "the body is not {\"timestamp\": …} with a time of RFC 3339")
+		return
+	}
+	if err := s.Machine.AdvanceClock(body.Timestamp); err != nil {
+		s.Log.Error("the clock could not be set", "error", err)
+		writeError(w, http.StatusInternalServerError, "the guest's clock could not be set")
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
 }
 
 // mayChangeMachine refuses for an agent that runs anywhere but in a guest of its own.

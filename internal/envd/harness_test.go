@@ -66,6 +66,9 @@ func (m *fakeMachine) Assume(id boot.Identity) error {
 	m.mu.Unlock()
 	return m.did("assume")
 }
+func (m *fakeMachine) AdvanceClock(to time.Time) error {
+	return m.did("clock:" + to.Format(time.RFC3339))
+}
 func (m *fakeMachine) PowerOff() error { return m.did("poweroff") }
 func (m *fakeMachine) FreezeFS() error { return m.did("fsfreeze") }
 func (m *fakeMachine) ThawFS() error   { return m.did("fsthaw") }

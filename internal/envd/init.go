@@ -36,10 +36,6 @@ type initBody struct {
 	DefaultUser    *string           `json:"defaultUser"`
 	DefaultWorkdir *string           `json:"defaultWorkdir"`
 
-	// ClockAdvance leaves alone a clock that is later than Timestamp: of several times told the guest keeps that of the
-	// message that was under way for least.
-	ClockAdvance bool `json:"clockAdvance"`
-
 	Hostname    string   `json:"hostname"`
 	MachineID   string   `json:"machineId"`
 	Entropy     string   `json:"entropy"` // base64
@@ -60,7 +56,7 @@ func parseInit(raw []byte) (initBody, boot.Identity, error) {
 			return b, boot.Identity{}, fmt.Errorf("the body is not the JSON that is expected: %w", err)
 		}
 	}
-	id := boot.Identity{Hostname: b.Hostname, MachineID: b.MachineID, DiskBytes: b.DiskBytes, ClockAdvance: b.ClockAdvance}
+	id := boot.Identity{Hostname: b.Hostname, MachineID: b.MachineID, DiskBytes: b.DiskBytes}
 	if b.Timestamp != nil {
 		id.Time = *b.Timestamp
 	}

@@ -4,6 +4,7 @@ import (
 	"log/slog"
 	"net/http"
 	"strings"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -35,6 +36,7 @@ type Machine interface {
 	Assume(boot.Identity) error
 	PowerOff() error
 	FreezeFS() error
+	AdvanceClock(to time.Time) error
 	ThawFS() error
 }
 
@@ -63,6 +65,7 @@ func New(cfg Config) http.Handler {
 	mux.HandleFunc("GET "+routes.Metrics, s.metrics)
 	mux.HandleFunc("GET "+routes.Envs, s.envs)
 	mux.HandleFunc("POST "+routes.Init, s.init)
+	mux.HandleFunc("POST "+routes.Clock, s.clock)
 	mux.HandleFunc("POST "+routes.Freeze, s.freeze)
 	mux.HandleFunc("POST "+routes.Unfreeze, s.unfreeze)
 	mux.HandleFunc("POST "+routes.FSFreeze, s.machine(Machine.FreezeFS))

@@ -53,7 +53,7 @@ func TestTokenIsAskedEverywhere(t *testing.T) {
 	a := newAgent(t)
 	setToken(t, a, "secret")
 	for _, c := range []struct{ method, path string }{
-		{"GET", "/metrics"}, {"GET", "/envs"}, {"POST", "/init"}, {"GET", "/files?path=/etc/passwd"}, {"POST", "/files?path=x"},
+		{"GET", "/metrics"}, {"GET", "/envs"}, {"POST", "/init"}, {"POST", "/clock"}, {"GET", "/files?path=/etc/passwd"}, {"POST", "/files?path=x"},
 		{"POST", "/files/compose"}, {"POST", "/freeze"}, {"POST", "/unfreeze"}, {"POST", "/fsfreeze"}, {"POST", "/fsthaw"}, {"POST", "/collapse"}, {"POST", "/shutdown"},
 	} {
 		for _, token := range []string{"", "wrong", "secret2"} {
@@ -143,6 +143,21 @@ func TestInitRefuses(t *testing.T) {
 	}
 	if done := a.machine.done(); done != "" || a.store.Get().AccessToken != "" {
 		t.Errorf("a refused init changed something: %s", done)
+	}
+}
+
+// A time that is told later changes nothing but the clock: it may come while the guest is made to stand still.
+func TestClock(t *testing.T) {
+	t.Parallel()
+	a := newAgent(t)
+	for _, body := range []string{"", "{}", `{"timestamp":"noon"}`, `{"timestamp":1}`, strings.Repeat(" ", 1<<11) + `{"timestamp":"2026-11-23T10:00:00Z"}`} {
+		res, out := a.do(t, "POST", "/clock", body)
+		wantStatus(t, res, out, http.StatusBadRequest)
+	}
+	res, out := a.do(t, "POST", "/clock", `{"timestamp":"2026-11-23T10:00:00Z"}`)
+	wantStatus(t, res, out, http.StatusNoContent)
+	if got := a.machine.done(); got != "clock:2026-11-23T10:00:00Z" {
+		t.Errorf("done: %s", got)
 	}
 }
 

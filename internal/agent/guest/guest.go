@@ -1,5 +1,5 @@
 // Package guest is the agent's client of envd's internal routes: waiting for a guest to answer, and
-// giving a fresh or restored guest its identity. It holds no state and starts nothing.
+// giving a fresh or restored guest its identity and the time. It starts nothing by itself.
 package guest
 
 import (
@@ -38,6 +38,8 @@ type Client struct {
 	Transport *http.Transport
 	base      string
 
+	late chan string // has the token of a guest whose clock may not be right yet
+
 	mu     sync.Mutex
 	open   map[*guestConn]struct{}
 	closed bool
@@ -45,7 +47,7 @@ type Client struct {
 
 // New makes a client of the guest at ip that dials with dial.
 func New(ip string, dial Dial) *Client {
-	c := &Client{base: "http://" + net.JoinHostPort(ip, strconv.Itoa(Port)), open: map[*guestConn]struct{}{}}
+	c := &Client{base: "http://" + net.JoinHostPort(ip, strconv.Itoa(Port)), late: make(chan string, 1), open: map[*guestConn]struct{}{}}
 	c.Transport = &http.Transport{
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if limit, ok := ctx.Value(dialLimit{}).(time.Duration); ok {
@@ -119,16 +121,15 @@ type Identity struct {
 }
 
 type initBody struct {
-	AccessToken  string            `json:"accessToken,omitempty"`
-	Timestamp    time.Time         `json:"timestamp"`
-	ClockAdvance bool              `json:"clockAdvance,omitempty"`
-	Hostname     string            `json:"hostname,omitempty"`
-	MachineID    string            `json:"machineId,omitempty"`
-	Entropy      string            `json:"entropy,omitempty"`
-	EnvVars      map[string]string `json:"envVars,omitempty"`
-	DefaultUser  string            `json:"defaultUser,omitempty"`
-	Nameservers  []string          `json:"nameservers,omitempty"`
-	DiskBytes    int64             `json:"diskBytes,omitempty"`
+	AccessToken string            `json:"accessToken,omitempty"`
+	Timestamp   time.Time         `json:"timestamp"`
+	Hostname    string            `json:"hostname,omitempty"`
+	MachineID   string            `json:"machineId,omitempty"`
+	Entropy     string            `json:"entropy,omitempty"`
+	EnvVars     map[string]string `json:"envVars,omitempty"`
+	DefaultUser string            `json:"defaultUser,omitempty"`
+	Nameservers []string          `json:"nameservers,omitempty"`
+	DiskBytes   int64             `json:"diskBytes,omitempty"`
 }
 
 // Init gives the guest its identity, 64 bytes of fresh entropy and the host's clock, as SyncClock does.
@@ -158,46 +159,85 @@ func (c *Client) Freeze(ctx context.Context, token string) error {
 
 // Catchup lets user processes run on after Freeze, and sets the clock of a guest that stood still.
 func (c *Client) Catchup(ctx context.Context, token string) error {
-	_, err := c.tellTime(ctx, token, false)
+	_, err := c.tellTime(ctx, "/init", token)
 	return err
 }
 
-// tellTime is Catchup; with advance it sets no clock back. took bounds the age that the time had when the guest heard it.
-func (c *Client) tellTime(ctx context.Context, token string, advance bool) (took time.Duration, err error) {
+// tellTime has a route set the clock. took bounds the age that the time had when the guest heard it.
+func (c *Client) tellTime(ctx context.Context, path, token string) (took time.Duration, err error) {
 	began := time.Now()
-	body, err := json.Marshal(initBody{Timestamp: began.UTC(), ClockAdvance: advance})
+	body, err := json.Marshal(initBody{Timestamp: began.UTC()})
 	if err != nil {
 		return 0, err
 	}
-	err = c.post(ctx, "/init", token, body)
+	err = c.post(ctx, path, token, body)
 	return time.Since(began), err
 }
 
-// Bounds of SyncClock.
+// Bounds of SyncClock and KeepClock.
 const (
 	clockTolerance = 30 * time.Millisecond
 	clockAttempts  = 5
+	clockPatience  = time.Minute
 )
 
-// SyncClock sets the guest's clock. The time that it is told has passed when it hears of it, and a guest that has just
-// been restored takes long for its first answers; it is told again until one takes at most clockTolerance, and keeps the
-// latest of the times told: that of the message that took least.
+// SyncClock lets user processes run on, as Catchup does, and sets the guest's clock. The time that it is told has passed
+// when it hears of it, and a guest that has just been restored takes long for its first answers; it is told again until
+// one takes at most clockTolerance, and keeps the latest of the times told: that of the message that took least. If none
+// is that quick, KeepClock goes on.
 func (c *Client) SyncClock(ctx context.Context, token string) error {
-	took, err := c.tellTime(ctx, token, false)
+	took, err := c.tellTime(ctx, "/init", token)
 	if err != nil || took <= clockTolerance {
 		return err
 	}
 	return c.advanceClock(ctx, token)
 }
 
-// advanceClock goes on with SyncClock after a first time was told.
+// advanceClock goes on with SyncClock after a first time was told. A guest agent older than the route keeps that.
 func (c *Client) advanceClock(ctx context.Context, token string) error {
 	for range clockAttempts - 1 {
-		if took, err := c.tellTime(ctx, token, true); err != nil || took <= clockTolerance {
+		took, err := c.tellTime(ctx, "/clock", token)
+		if errors.Is(err, errNoRoute) || err == nil && took <= clockTolerance {
+			return nil
+		}
+		if err != nil {
 			return err
 		}
 	}
-	return nil // a host under such load has worse clocks than this
+	select {
+	case c.late <- token:
+	default: // it goes on already
+	}
+	return nil
+}
+
+// KeepClock goes on telling guests the time that SyncClock could not tell soon enough, at growing intervals for about
+// twice clockPatience; it ends with ctx, or with gone.
+func (c *Client) KeepClock(ctx context.Context, gone <-chan struct{}) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	for {
+		var token string
+		select {
+		case token = <-c.late:
+		case <-gone:
+			return
+		case <-ctx.Done():
+			return
+		}
+		for wait := clockPatience / 256; wait <= clockPatience; wait *= 2 {
+			select {
+			case <-time.After(wait):
+			case <-gone:
+				return
+			case <-ctx.Done():
+				return
+			}
+			if took, err := c.tellTime(ctx, "/clock", token); err != nil || took <= clockTolerance {
+				break // an error: it is no more who it was, or it is going
+			}
+		}
+	}
 }
 
 // FreezeFS flushes and freezes the guest's root file system (FIFREEZE).
@@ -262,8 +302,11 @@ func (c *Client) post(ctx context.Context, path, token string, body []byte) erro
 	return c.do(ctx, http.MethodPost, path, token, body)
 }
 
-// errRefused is in the errors of calls that the guest answered, but would not do.
-var errRefused = errors.New("refused")
+// errRefused is in the errors of calls that the guest answered, but would not do; errNoRoute in those that it does not know.
+var (
+	errRefused = errors.New("refused")
+	errNoRoute = errors.New("no such route")
+)
 
 // callTimeout bounds a call of an internal route: what it does in the guest takes milliseconds.
 const callTimeout = 30 * time.Second
@@ -291,7 +334,11 @@ func (c *Client) do(ctx context.Context, method, path, token string, body []byte
 		return wrenn.Wrap(err, wrenn.KindAgentError, "the sandbox's guest agent broke off its answer")
 	}
 	if res.StatusCode >= 300 {
-		return wrenn.Wrap(fmt.Errorf("%w: %s %s: %s: %s", errRefused, method, path, res.Status, text), wrenn.KindAgentError,
+		why := errRefused
+		if res.StatusCode == http.StatusNotFound {
+			why = errors.Join(errRefused, errNoRoute)
+		}
+		return wrenn.Wrap(fmt.Errorf("%w: %s %s: %s: %s", why, method, path, res.Status, text), wrenn.KindAgentError,
 			"the sandbox's guest agent refused a request of its host")
 	}
 	return nil

@@ -20,13 +20,12 @@ import (
 // Identity is what makes one guest different from every other, also from the one it was copied from.
 // Fields that are zero stay as they are.
 type Identity struct {
-	Hostname     string
-	MachineID    string // 32 hexadecimal digits
-	Entropy      []byte
-	Time         time.Time
-	ClockAdvance bool // a clock that is later than Time stays as it is
-	Nameservers  []netip.Addr
-	DiskBytes    int64 // the size of the root disk; its file system is grown to it
+	Hostname    string
+	MachineID   string // 32 hexadecimal digits
+	Entropy     []byte
+	Time        time.Time
+	Nameservers []netip.Addr
+	DiskBytes   int64 // the size of the root disk; its file system is grown to it
 }
 
 // Assume makes the guest that one. It goes on after a failure and returns all of them.
@@ -41,9 +40,8 @@ func Assume(id Identity) error {
 	if len(id.Entropy) > 0 {
 		try("entropy", credit(id.Entropy))
 	}
-	if !id.Time.IsZero() && (!id.ClockAdvance || time.Now().Before(id.Time)) {
-		ts := unix.NsecToTimespec(id.Time.UnixNano())
-		try("clock", unix.ClockSettime(unix.CLOCK_REALTIME, &ts))
+	if !id.Time.IsZero() {
+		try("clock", setClock(id.Time))
 	}
 	if id.Hostname != "" {
 		try("host name", setHostname(id.Hostname))

@@ -1,6 +1,8 @@
 package boot
 
 import (
+	"time"
+
 	"errors"
 	"os"
 
@@ -25,6 +27,19 @@ func (Machine) PowerOff() error { return unix.Kill(1, unix.SIGTERM) }
 // FreezeFS writes everything to the disk and blocks all writes of the root file system until ThawFS. A
 // frozen one stays frozen.
 func (Machine) FreezeFS() error { return rootIoctl(fiFreeze, unix.EBUSY) }
+
+// AdvanceClock sets the clock unless it is later already.
+func (Machine) AdvanceClock(to time.Time) error {
+	if !time.Now().Before(to) {
+		return nil
+	}
+	return setClock(to)
+}
+
+func setClock(to time.Time) error {
+	ts := unix.NsecToTimespec(to.UnixNano())
+	return unix.ClockSettime(unix.CLOCK_REALTIME, &ts)
+}
 
 // ThawFS allows writes again; without a freeze before it does nothing.
 func (Machine) ThawFS() error { return rootIoctl(fiThaw, unix.EINVAL) }

@@ -7,6 +7,7 @@ import "strings"
 // Internal routes: for the host agent only.
 const (
 	Init     = "/init"
+	Clock    = "/clock"
 	Freeze   = "/freeze"
 	Unfreeze = "/unfreeze"
 	FSFreeze = "/fsfreeze"
@@ -29,7 +30,7 @@ const Port = 49983
 
 // Internal lists the routes that only the host agent may call.
 func Internal() []string {
-	return []string{Init, Freeze, Unfreeze, FSFreeze, FSThaw, Collapse, Shutdown}
+	return []string{Init, Clock, Freeze, Unfreeze, FSFreeze, FSThaw, Collapse, Shutdown}
 }
 
 // Public tells whether a request path (as in url.URL.Path) may be passed on to the guest agent. It is a
