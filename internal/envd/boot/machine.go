@@ -1,10 +1,9 @@
 package boot
 
 import (
-	"time"
-
 	"errors"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
