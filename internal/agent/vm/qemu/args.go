@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 
 	"github.com/wrenn-sandbox/wrenn/internal/agent/vm"
 )
@@ -37,14 +38,28 @@ type opened struct {
 	cfg            vm.Config
 	limits         vm.DiskLimits
 	kvm            bool
-	tscKHz         int // of an emulated CPU
-	monitor        int // listening socket
-	console        int // listening socket
+	version        string // of QEMU
+	tscKHz         int    // of an emulated CPU
+	monitor        int    // listening socket
+	console        int    // listening socket
 	memory         int
 	kernel, initrd int
 	tap            int
 	state          int // a pipe with QEMU's own data
 	disks          []int
+}
+
+// machineType is the machine that a QEMU of this version gives every guest. Its firmware from 8.2 on has the timer's
+// interrupt go through the legacy interrupt controller (PIC), which a kernel on "hardware reduced" ACPI never sets up: it
+// takes what is pending when it first allows interrupts as vector 0, a division error. So there is none, but in series
+// before 8, whose firmware leaves it quiet and whose saved machines have one.
+func machineType(version string) string {
+	const base = "microvm,acpi=on,rtc=on,isa-serial=on"
+	major, _, _ := strings.Cut(version, ".")
+	if n, err := strconv.Atoi(major); err == nil && n < 8 {
+		return base
+	}
+	return base + ",pic=off"
 }
 
 // arguments is the whole command line. What a snapshot needs to fit is here and nowhere else: machine,
@@ -54,8 +69,7 @@ func (o opened) arguments() []string {
 		"-name", o.cfg.ID,
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-S",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-		// PIT and PIC stay on: without them the guest hangs when emulated.
-		"-M", "microvm,acpi=on,rtc=on,isa-serial=on,memory-backend=ram",
+		"-M", machineType(o.version) + ",memory-backend=ram",
 		"-smp", strconv.Itoa(o.cfg.VCPUs),
 		"-m", fmt.Sprintf("%dM", o.cfg.MemoryMB),
 		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,mem-path=/proc/self/fd/%d,share=off,dump=off,merge=off", o.cfg.MemoryMB, o.memory),

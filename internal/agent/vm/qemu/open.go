@@ -26,7 +26,7 @@ import (
 
 // open opens everything that the VM consists of.
 func (s *starting) open(ctx context.Context) (opened, error) {
-	o := opened{cfg: s.cfg, limits: s.driver.opts.Disk, kvm: s.driver.verdict.KVM, tscKHz: s.driver.verdict.TSCkHz, kernel: -1, initrd: -1, tap: -1, state: -1}
+	o := opened{cfg: s.cfg, limits: s.driver.opts.Disk, kvm: s.driver.verdict.KVM, version: s.driver.verdict.Version, tscKHz: s.driver.verdict.TSCkHz, kernel: -1, initrd: -1, tap: -1, state: -1}
 	var err error
 	if s.stderr, err = vmproc.BoundedFile("qemu-stderr", vmproc.WordsLimit); err != nil {
 		return o, err

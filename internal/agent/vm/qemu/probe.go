@@ -76,7 +76,7 @@ func Probe(ctx context.Context, opts ProbeOptions) (Verdict, error) {
 		return cached, nil
 	}
 	var settled bool
-	v.KVM, settled, v.Reason = tryKVM(ctx, opts, v.Binary)
+	v.KVM, settled, v.Reason = tryKVM(ctx, opts, v)
 	if ctx.Err() != nil {
 		return Verdict{}, ctx.Err()
 	}
@@ -122,7 +122,7 @@ func findQEMU(ctx context.Context, binary string) (Verdict, error) {
 
 // tryKVM boots the kernel with KVM and reads its console. What did not come to a boot for reasons of our
 // own is not settled, and is tried again by the next start.
-func tryKVM(ctx context.Context, opts ProbeOptions, binary string) (ok, settled bool, reason string) {
+func tryKVM(ctx context.Context, opts ProbeOptions, v Verdict) (ok, settled bool, reason string) {
 	const emulated = "VMs are emulated, which is slow"
 	if err := probe.OpenDevice(opts.device); err != nil {
 		return false, true, fmt.Sprintf("no KVM: %v; %s", err, emulated)
@@ -130,7 +130,7 @@ func tryKVM(ctx context.Context, opts ProbeOptions, binary string) (ok, settled 
 	ctx, cancel := context.WithTimeout(ctx, opts.Timeout)
 	defer cancel()
 	begun := time.Now()
-	console, said, err := bootWithKVM(ctx, opts, binary)
+	console, said, err := bootWithKVM(ctx, opts, v)
 	timedOut := errors.Is(err, context.DeadlineExceeded)
 	silent := !bytes.Contains(console, []byte("Linux version"))
 	switch {
@@ -147,7 +147,7 @@ func tryKVM(ctx context.Context, opts ProbeOptions, binary string) (ok, settled 
 }
 
 // bootWithKVM runs QEMU confined like any VM, but without disk or network, until the kernel has booted.
-func bootWithKVM(ctx context.Context, opts ProbeOptions, binary string) (console []byte, said string, err error) {
+func bootWithKVM(ctx context.Context, opts ProbeOptions, v Verdict) (console []byte, said string, err error) {
 	dir, err := os.MkdirTemp("", "wrenn-probe-")
 	if err != nil {
 		return nil, "", err
@@ -164,14 +164,14 @@ func bootWithKVM(ctx context.Context, opts ProbeOptions, binary string) (console
 		return nil, "", err
 	}
 	defer stderr.Close()
-	args, inherit, err := probeArguments(opts, in)
+	args, inherit, err := probeArguments(opts, v.Version, in)
 	if err != nil {
 		inherit.close()
 		return nil, "", err
 	}
 	p, err := vmproc.Launch(vmproc.Spec{
-		Path: binary, Args: args, Files: inherit.list, Stderr: stderr,
-		UID: nobody, GID: nobody, Jail: jail(dir, binary, opts.device),
+		Path: v.Binary, Args: args, Files: inherit.list, Stderr: stderr,
+		UID: nobody, GID: nobody, Jail: jail(dir, v.Binary, opts.device),
 	})
 	inherit.close()
 	if err != nil {
@@ -193,11 +193,11 @@ func socketPair() (ours, theirs *os.File, err error) {
 // nobody is the uid and gid of no user in every Linux.
 const nobody = 65534
 
-func probeArguments(opts ProbeOptions, console *os.File) ([]string, *files, error) {
+func probeArguments(opts ProbeOptions, version string, console *os.File) ([]string, *files, error) {
 	inherit := &files{}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-		"-M", "microvm,acpi=on,rtc=on,isa-serial=on", "-accel", "kvm", "-cpu", "host",
+		"-M", machineType(version), "-accel", "kvm", "-cpu", "host",
 		"-m", fmt.Sprintf("%dM", probeMemoryMB),
 		"-chardev", fmt.Sprintf("socket,id=console,fd=%d", inherit.add(console)), "-serial", "chardev:console",
 		"-append", "console=ttyS0 panic=-1",

@@ -51,6 +51,16 @@ func TestArgumentsOfAColdStart(t *testing.T) {
 	}
 }
 
+// Machines that were saved by an older QEMU have an interrupt controller that newer ones must not have.
+func TestMachineTypeOfEachSeries(t *testing.T) {
+	t.Parallel()
+	for version, pic := range map[string]bool{"7.2": true, "7.2.22": true, "8.2.1": false, "10.0.13": false, "11.1": false} {
+		if got := machineType(version); strings.Contains(got, "pic=off") == pic {
+			t.Errorf("%s: %s", version, got)
+		}
+	}
+}
+
 func TestArgumentsOfARestoreDifferInTheBootOnly(t *testing.T) {
 	t.Parallel()
 	o := opened{cfg: vm.Config{ID: "sb-x", VCPUs: 1, MemoryMB: 256, Disks: []vm.Disk{{}}}, disks: []int{6}, kernel: 7, initrd: 8, tap: -1, state: -1}
