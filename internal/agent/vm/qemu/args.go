@@ -92,8 +92,8 @@ func (o opened) arguments() []string {
 
 func (o opened) cmdline() string {
 	words := "console=ttyS0 "
-	if !o.kvm && o.tscKHz > 0 {
-		words += fmt.Sprintf("tsc_early_khz=%d ", o.tscKHz)
+	if !o.kvm && o.tscKHz > 0 { // ADR 7
+		words += fmt.Sprintf("tsc_early_khz=%d tsc=reliable ", o.tscKHz)
 	}
 	return words + o.cfg.Cmdline
 }

@@ -31,7 +31,7 @@ func TestArgumentsOfAColdStart(t *testing.T) {
 	args := o.arguments()
 	for name, want := range map[string]string{
 		"-smp": "2", "-m": "512M", "-kernel": "/proc/self/fd/6", "-initrd": "/proc/self/fd/7", "-netdev": "tap,id=net,fd=10",
-		"-append":  "console=ttyS0 tsc_early_khz=2600000 quiet",
+		"-append":  "console=ttyS0 tsc_early_khz=2600000 tsc=reliable quiet",
 		"-sandbox": "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 	} {
 		if got := argument(args, name); got != want {
