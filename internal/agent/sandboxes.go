@@ -261,8 +261,8 @@ func (s *Sandboxes) begin(ctx context.Context, sb *sandbox, from origin, u *undo
 	if err := s.fault(sb, "create.cloned"); err != nil {
 		return err
 	}
-	if from.diskOnly {
-		return s.launch(ctx, sb, m, false, u)
+	if from.diskOnly { // as from a machine without memory
+		from.machine, from.shared = m, false
 	}
 	return s.launch(ctx, sb, from.machine, from.shared, u)
 }

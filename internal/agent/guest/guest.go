@@ -214,8 +214,6 @@ func (c *Client) advanceClock(ctx context.Context, token string) error {
 // KeepClock goes on telling guests the time that SyncClock could not tell soon enough, at growing intervals for about
 // twice clockPatience; it ends with ctx, or with gone.
 func (c *Client) KeepClock(ctx context.Context, gone <-chan struct{}) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	for {
 		var token string
 		select {
@@ -305,7 +303,7 @@ func (c *Client) post(ctx context.Context, path, token string, body []byte) erro
 // errRefused is in the errors of calls that the guest answered, but would not do; errNoRoute in those that it does not know.
 var (
 	errRefused = errors.New("refused")
-	errNoRoute = errors.New("no such route")
+	errNoRoute = fmt.Errorf("%w: no such route", errRefused)
 )
 
 // callTimeout bounds a call of an internal route: what it does in the guest takes milliseconds.
@@ -336,7 +334,7 @@ func (c *Client) do(ctx context.Context, method, path, token string, body []byte
 	if res.StatusCode >= 300 {
 		why := errRefused
 		if res.StatusCode == http.StatusNotFound {
-			why = errors.Join(errRefused, errNoRoute)
+			why = errNoRoute
 		}
 		return wrenn.Wrap(fmt.Errorf("%w: %s %s: %s: %s", why, method, path, res.Status, text), wrenn.KindAgentError,
 			"the sandbox's guest agent refused a request of its host")
